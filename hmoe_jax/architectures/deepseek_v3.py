@@ -1,0 +1,244 @@
+"""The DeepSeek-V3 family (V3, V3.1, R1, Kimi-K2): mathematics. Where the weights come from is `deepseek_v3_checkpoint`.
+
+A layer has a seam: `front` ends at the routed experts' input, `back` begins at their output. Who computes the experts
+in between, and where their weights are, is the executor's business. Sources: arXiv 2412.19437 and the reference code
+published with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+
+from hmoe_jax import quant
+from hmoe_jax.config import ModelConfig
+from hmoe_jax.nn.attention import Queries, UpProjections
+from hmoe_jax.nn.linear import Projection, linear
+from hmoe_jax.nn.norm import rms_norm
+from hmoe_jax.nn.rope import rotary_angles, rotate
+from hmoe_jax.nn.router import route
+
+LATENT_NORM_EPS = 1e-6
+"""The two norms inside MLA keep this value whatever `rms_norm_eps` says (so do the published implementations)."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Attention:
+    """`q_a`, `q_a_norm` are None without `q_lora_rank`. `kv_b` is a `Projection` as stored, `UpProjections` once prepared."""
+
+    q_a: Projection | None
+    q_a_norm: Any
+    q_b: Projection
+    kv_a: Projection
+    kv_a_norm: Any
+    kv_b: Projection | UpProjections
+    o: Projection
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mlp:
+    gate: Projection
+    up: Projection
+    down: Projection
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Moe:
+    """`router [e, d]` and `router_bias [e]` in FP32. The routed experts are not here: see the executors."""
+
+    router: Any
+    router_bias: Any
+    shared: Mlp
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Layer:
+    attention_norm: Any
+    attention: Attention
+    mlp_norm: Any
+    mlp: Mlp | Moe
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Weights:
+    """Everything but the routed experts. `head` is None in a checkpoint that ties it to `embed`, set once prepared."""
+
+    embed: Any
+    layers: tuple[Layer, ...]
+    norm: Any
+    head: Projection | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Seam:
+    """What crosses from `front` to the experts and to `back`; `ids` are -1 for tokens that are only padding."""
+
+    residual: Float[Array, "t d"]
+    hidden: Float[Array, "t d"]
+    ids: Int32[Array, "t k"]
+    weights: Float32[Array, "t k"]
+
+
+Cache = TypeVar("Cache")
+
+
+class Attend(Protocol):
+    """Stores the new tokens' latents in a layer's cache and attends over it."""
+
+    def __call__(
+        self, cache: Cache, queries: Queries, up: UpProjections, latents: Float[Array, "t w"]
+    ) -> tuple[Float[Array, "t h v"], Cache]: ...
+
+
+RoutedExperts = Callable[
+    [int, Float[Array, "t d"], Int32[Array, "t k"], Float32[Array, "t k"]], Float32[Array, "t d"]
+]
+"""(index among the MoE layers, hidden, ids, weights) -> the weighted sum of the chosen experts' outputs."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A step's input, one row per token: `valid` is False for padding, which routes nowhere."""
+
+    ids: Int32[Array, " t"]
+    positions: Int32[Array, " t"]
+    valid: Bool[Array, " t"]
+
+
+def forward(
+    config: ModelConfig,
+    weights: Weights,
+    tokens: Tokens,
+    caches: tuple[Cache, ...],
+    attend: Attend,
+    experts: RoutedExperts,
+) -> tuple[Float[Array, "t d"], tuple[Cache, ...], Int32[Array, "m t k"]]:
+    """One pass over all layers: (final normed hidden, one cache per layer, expert ids of each MoE layer)."""
+    with jax.named_scope("embed"):
+        x = weights.embed[tokens.ids]
+    new_caches, routes = [], []
+    for index, (layer, cache) in enumerate(zip(weights.layers, caches, strict=True)):
+        with jax.named_scope(f"layer{index}"):
+            if isinstance(layer.mlp, Mlp):
+                x, cache = dense_layer(config, layer, x, tokens, cache, attend)
+            else:
+                seam, cache = front(config, layer, x, tokens, cache, attend)
+                with jax.named_scope("experts"):
+                    routed = experts(index - config.num_dense_layers, seam.hidden, seam.ids, seam.weights)
+                x = back(seam, shared_experts(layer, seam.hidden), routed)
+                routes.append(seam.ids)
+        new_caches.append(cache)
+    no_routes = jnp.zeros((0, x.shape[0], config.top_k), jnp.int32)
+    return (
+        rms_norm(x, weights.norm, config.norm_eps),
+        tuple(new_caches),
+        jnp.stack(routes) if routes else no_routes,
+    )
+
+
+def front(
+    config: ModelConfig, layer: Layer, x: Float[Array, "t d"], tokens: Tokens, cache: Cache, attend: Attend
+) -> tuple[Seam, Cache]:
+    """Attention and routing of an MoE layer."""
+    residual, cache = _attention_block(config, layer, x, tokens, cache, attend)
+    hidden = rms_norm(residual, layer.mlp_norm, config.norm_eps)
+    with jax.named_scope("router"):
+        ids, weights = route(config, hidden, layer.mlp.router, layer.mlp.router_bias)
+        ids = jnp.where(tokens.valid[:, None], ids, -1)
+    return Seam(residual, hidden, ids, weights), cache
+
+
+def shared_experts(layer: Layer, hidden: Float[Array, "t d"]) -> Float32[Array, "t d"]:
+    with jax.named_scope("shared"):
+        return mlp(layer.mlp.shared, hidden)
+
+
+def back(seam: Seam, shared: Float32[Array, "t d"], routed: Float32[Array, "t d"]) -> Float[Array, "t d"]:
+    return (seam.residual.astype(jnp.float32) + shared + routed).astype(seam.residual.dtype)
+
+
+def dense_layer(
+    config: ModelConfig, layer: Layer, x: Float[Array, "t d"], tokens: Tokens, cache: Cache, attend: Attend
+) -> tuple[Float[Array, "t d"], Cache]:
+    residual, cache = _attention_block(config, layer, x, tokens, cache, attend)
+    with jax.named_scope("mlp"):
+        return _add(residual, mlp(layer.mlp, rms_norm(residual, layer.mlp_norm, config.norm_eps))), cache
+
+
+def mlp(weights: Mlp, x: Float[Array, "t d"]) -> Float32[Array, "t d"]:
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    inner = jax.nn.silu(linear(x, weights.gate)) * linear(x, weights.up)
+    return linear(inner.astype(x.dtype), weights.down)
+
+
+def logits(weights: Weights, hidden: Float[Array, "t d"]) -> Float32[Array, "t v"]:
+    with jax.named_scope("head"):
+        return linear(hidden, weights.head)
+
+
+def prepare(config: ModelConfig, weights: Weights, *, dtype: jnp.dtype) -> Weights:
+    """The loaded tree as `forward` wants it: a tied head filled in, `kv_b` split by heads.
+
+    The absorbed form multiplies by `kv_b` from the other side, where its FP8 blocks do not lie along the sum: it is
+    the one projection that is dequantised to `dtype` (as the reference implementation does).
+    """
+    layers = tuple(
+        replace(
+            layer, attention=replace(layer.attention, kv_b=_split_kv_b(config, layer.attention.kv_b, dtype))
+        )
+        for layer in weights.layers
+    )
+    return replace(weights, layers=layers, head=weights.head or Projection(weights.embed))
+
+
+def _split_kv_b(config: ModelConfig, kv_b: Projection, dtype: jnp.dtype) -> UpProjections:
+    weight = kv_b.weight if kv_b.scale is None else quant.dequantize(kv_b.weight, kv_b.scale, dtype)
+    by_head = weight.reshape(config.num_heads, config.nope_dim + config.v_dim, config.kv_rank)
+    return UpProjections(key=by_head[:, : config.nope_dim], value=by_head[:, config.nope_dim :])
+
+
+def _attention_block(
+    config: ModelConfig, layer: Layer, x: Float[Array, "t d"], tokens: Tokens, cache: Cache, attend: Attend
+) -> tuple[Float[Array, "t d"], Cache]:
+    with jax.named_scope("attention"):
+        weights = layer.attention
+        hidden = rms_norm(x, layer.attention_norm, config.norm_eps)
+        angles = rotary_angles(config, tokens.positions)
+        mixed, cache = attend(
+            cache,
+            _queries(config, weights, hidden, angles),
+            weights.kv_b,
+            _latents(config, weights, hidden, angles),
+        )
+        return _add(x, linear(mixed.reshape(mixed.shape[0], -1), weights.o)), cache
+
+
+def _queries(config: ModelConfig, weights: Attention, hidden: Float[Array, "t d"], angles: tuple) -> Queries:
+    if weights.q_a is not None:
+        hidden = rms_norm(linear(hidden, weights.q_a).astype(hidden.dtype), weights.q_a_norm, LATENT_NORM_EPS)
+    q = linear(hidden, weights.q_b).astype(hidden.dtype).reshape(-1, config.num_heads, config.qk_dim)
+    nope, rope = jnp.split(q, [config.nope_dim], axis=-1)
+    return Queries(nope=nope, rope=rotate(rope, *angles, interleave=config.rope_interleave))
+
+
+def _latents(
+    config: ModelConfig, weights: Attention, hidden: Float[Array, "t d"], angles: tuple
+) -> Float[Array, "t w"]:
+    latent, k_pe = jnp.split(linear(hidden, weights.kv_a).astype(hidden.dtype), [config.kv_rank], axis=-1)
+    latent = rms_norm(latent, weights.kv_a_norm, LATENT_NORM_EPS)
+    return jnp.concatenate([latent, rotate(k_pe, *angles, interleave=config.rope_interleave)], axis=-1)
+
+
+def _add(x: Float[Array, "t d"], update: Float32[Array, "t d"]) -> Float[Array, "t d"]:
+    return (x.astype(jnp.float32) + update).astype(x.dtype)

@@ -1,0 +1,137 @@
+"""How a DeepSeek-V3 family checkpoint spells its tensors: names, shapes and number formats, from the config alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+
+from hmoe_jax.architectures.deepseek_v3 import Attention, Layer, Mlp, Moe, Weights
+from hmoe_jax.checkpoint.specs import TensorSpec
+from hmoe_jax.config import ModelConfig
+from hmoe_jax.nn.linear import Projection
+from hmoe_jax.quant import num_blocks
+
+Matrix = Literal["gate", "up", "down"]
+MATRICES: tuple[Matrix, ...] = ("gate", "up", "down")
+
+_PLAIN = ("BF16", "F32")
+
+
+@dataclass(frozen=True)
+class ExpertSpec:
+    """One matrix of one routed expert; `layer` counts MoE layers from 0."""
+
+    layer: int
+    expert: int
+    matrix: Matrix
+    projection: Projection
+
+
+def describe(config: ModelConfig) -> Weights:
+    """The tree of `TensorSpec`s that a checkpoint of this config must hold beside its routed experts."""
+    d = config.hidden_size
+    return Weights(
+        embed=_plain("model.embed_tokens.weight", config.vocab_size, d),
+        layers=tuple(_layer(config, index) for index in range(config.num_layers)),
+        norm=_plain("model.norm.weight", d),
+        head=None if config.tie_embeddings else Projection(_plain("lm_head.weight", config.vocab_size, d)),
+    )
+
+
+def describe_experts(config: ModelConfig) -> Iterator[ExpertSpec]:
+    """Every matrix of every routed expert, in checkpoint order."""
+    for layer in range(config.num_moe_layers):
+        for expert in range(config.num_experts):
+            prefix = f"model.layers.{layer + config.num_dense_layers}.mlp.experts.{expert}"
+            weights = _mlp(config, prefix, config.expert_ffn)
+            for matrix in MATRICES:
+                yield ExpertSpec(layer, expert, matrix, getattr(weights, matrix))
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
+    """All tensors by name, routed experts included, multi-token-prediction layers not."""
+    specs = jax.tree.leaves((describe(config), [spec.projection for spec in describe_experts(config)]))
+    return {spec.name: spec for spec in specs}
+
+
+def is_ignored(config: ModelConfig) -> Callable[[str], bool]:
+    """Tensors that a checkpoint may hold although `forward` has no use for them.
+
+    They belong to the multi-token-prediction layers (stored as layers `num_layers`, `num_layers + 1`...), or are the
+    rotary frequencies that old writers saved.
+    """
+
+    def ignored(name: str) -> bool:
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        is_mtp = layer is not None and 0 <= int(layer[1]) - config.num_layers < config.num_mtp_layers
+        return is_mtp or name.endswith(".rotary_emb.inv_freq")
+
+    return ignored
+
+
+def _layer(config: ModelConfig, index: int) -> Layer:
+    prefix = f"model.layers.{index}"
+    return Layer(
+        attention_norm=_plain(f"{prefix}.input_layernorm.weight", config.hidden_size),
+        attention=_attention(config, f"{prefix}.self_attn"),
+        mlp_norm=_plain(f"{prefix}.post_attention_layernorm.weight", config.hidden_size),
+        mlp=_moe(config, f"{prefix}.mlp")
+        if config.is_moe(index)
+        else _mlp(config, f"{prefix}.mlp", config.dense_ffn),
+    )
+
+
+def _attention(config: ModelConfig, prefix: str) -> Attention:
+    d, heads, q_rank = config.hidden_size, config.num_heads, config.q_rank
+    kv_width = heads * (config.nope_dim + config.v_dim)
+    if q_rank is None:
+        q_a = q_a_norm = None
+        q_b = _projection(config, f"{prefix}.q_proj", heads * config.qk_dim, d)
+    else:
+        q_a = _projection(config, f"{prefix}.q_a_proj", q_rank, d)
+        q_a_norm = _plain(f"{prefix}.q_a_layernorm.weight", q_rank)
+        q_b = _projection(config, f"{prefix}.q_b_proj", heads * config.qk_dim, q_rank)
+    return Attention(
+        q_a=q_a,
+        q_a_norm=q_a_norm,
+        q_b=q_b,
+        kv_a=_projection(config, f"{prefix}.kv_a_proj_with_mqa", config.latent_dim, d),
+        kv_a_norm=_plain(f"{prefix}.kv_a_layernorm.weight", config.kv_rank),
+        kv_b=_projection(config, f"{prefix}.kv_b_proj", kv_width, config.kv_rank),
+        o=_projection(config, f"{prefix}.o_proj", d, heads * config.v_dim),
+    )
+
+
+def _moe(config: ModelConfig, prefix: str) -> Moe:
+    return Moe(
+        router=_plain(f"{prefix}.gate.weight", config.num_experts, config.hidden_size),
+        router_bias=_plain(f"{prefix}.gate.e_score_correction_bias", config.num_experts),
+        shared=_mlp(config, f"{prefix}.shared_experts", config.shared_ffn),
+    )
+
+
+def _mlp(config: ModelConfig, prefix: str, ffn: int) -> Mlp:
+    return Mlp(
+        gate=_projection(config, f"{prefix}.gate_proj", ffn, config.hidden_size),
+        up=_projection(config, f"{prefix}.up_proj", ffn, config.hidden_size),
+        down=_projection(config, f"{prefix}.down_proj", config.hidden_size, ffn),
+    )
+
+
+def _projection(config: ModelConfig, module: str, out: int, width: int) -> Projection:
+    kept = any(module == name or module.startswith(f"{name}.") for name in config.not_quantized)
+    if not config.fp8 or kept:
+        return Projection(_plain(f"{module}.weight", out, width))
+    scale_shape = (num_blocks(out), num_blocks(width))
+    return Projection(
+        TensorSpec(name=f"{module}.weight", shape=(out, width), dtypes=("F8_E4M3",)),
+        TensorSpec(name=f"{module}.weight_scale_inv", shape=scale_shape, dtypes=("F32",)),
+    )
+
+
+def _plain(name: str, *shape: int) -> TensorSpec:
+    return TensorSpec(name=name, shape=shape, dtypes=_PLAIN)

@@ -1,0 +1,378 @@
+"""A model's published `config.json`, read strictly into one frozen record.
+
+Every field of the file is either interpreted, or on the list of fields known not to change the mathematics, or an
+error: a reader that skips what it does not know returns wrong text without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hmoe_jax.core import ConfigError
+
+SUPPORTED_ARCHITECTURES = ("DeepseekV3ForCausalLM",)
+
+FP8_BLOCK = 128
+"""Rows and columns that share one scale in a block-FP8 checkpoint."""
+
+
+@dataclass(frozen=True)
+class YarnConfig:
+    """YaRN context extension (arXiv 2309.00071), with DeepSeek's two `mscale` fields."""
+
+    factor: float
+    original_max_len: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    @property
+    def rotary_scale(self) -> float:
+        """What cos and sin are multiplied by."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return _mscale(self.factor, self.mscale) / _mscale(self.factor, self.mscale_all_dim)
+        return _mscale(self.factor, 1.0)
+
+    @property
+    def softmax_scale(self) -> float:
+        """What the attention scores are multiplied by, beside 1/sqrt(width)."""
+        return _mscale(self.factor, self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The DeepSeek-V3 family: sizes, routing, rotary embedding and number format of one checkpoint."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_dense_layers: int
+    dense_ffn: int
+    expert_ffn: int
+    num_experts: int
+    num_shared_experts: int
+    top_k: int
+    num_groups: int
+    top_groups: int
+    norm_top_k: bool
+    routed_scale: float
+    num_heads: int
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    rope_theta: float
+    rope_interleave: bool
+    yarn: YarnConfig | None
+    max_len: int
+    norm_eps: float
+    tie_embeddings: bool
+    dtype: str
+    fp8: bool
+    not_quantized: tuple[str, ...]
+    num_mtp_layers: int
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        positive = (
+            "vocab_size hidden_size num_layers dense_ffn expert_ffn num_experts top_k num_groups top_groups "
+            "num_heads kv_rank nope_dim rope_dim v_dim max_len num_shared_experts"
+        )
+        for name in positive.split():
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.num_dense_layers <= self.num_layers:
+            raise ConfigError(
+                f"first_k_dense_replace must be between 0 and num_hidden_layers ({self.num_layers}), "
+                f"got {self.num_dense_layers}"
+            )
+        if self.num_experts % self.num_groups:
+            raise ConfigError(
+                f"n_group ({self.num_groups}) must divide n_routed_experts ({self.num_experts})"
+            )
+        if self.top_groups > self.num_groups:
+            raise ConfigError(f"topk_group ({self.top_groups}) exceeds n_group ({self.num_groups})")
+        if self.num_groups > 1 and self.experts_per_group < 2:  # noqa: PLR2004 - a group's score is its best two
+            raise ConfigError(f"n_group ({self.num_groups}) leaves fewer than two experts in a group")
+        if self.top_k > self.top_groups * self.experts_per_group:
+            raise ConfigError(
+                f"num_experts_per_tok ({self.top_k}) exceeds the {self.top_groups * self.experts_per_group} experts "
+                "that topk_group leaves"
+            )
+        if self.rope_dim % 2:
+            raise ConfigError(f"qk_rope_head_dim must be even, got {self.rope_dim}")
+
+    @property
+    def experts_per_group(self) -> int:
+        return self.num_experts // self.num_groups
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_layers - self.num_dense_layers
+
+    @property
+    def shared_ffn(self) -> int:
+        return self.expert_ffn * self.num_shared_experts
+
+    @property
+    def qk_dim(self) -> int:
+        return self.nope_dim + self.rope_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Values that one token leaves in one layer's cache (576 for DeepSeek-V3)."""
+        return self.kv_rank + self.rope_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.qk_dim**-0.5 * (self.yarn.softmax_scale if self.yarn else 1.0)
+
+    def is_moe(self, layer: int) -> bool:
+        return layer >= self.num_dense_layers
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The config of the model in `folder`. Raises `ConfigError` for a missing, malformed or unsupported one."""
+    path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        raise ConfigError(f"{folder}: no such model folder")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{folder}: no config.json, so this is not a Hugging Face model folder") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path}: expected a JSON object, got {type(fields).__name__}")
+    try:
+        return parse_config(fields)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
+    """Reads both spellings of a config: transformers 4's (`rope_theta`, `rope_scaling`) and 5's (`rope_parameters`)."""
+    architectures = fields.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1:
+        raise ConfigError(f"architectures must list one name, got {architectures!r}")
+    if architectures[0] not in SUPPORTED_ARCHITECTURES:
+        raise ConfigError(
+            f"unsupported architecture {architectures[0]}; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+    read = _Reader(fields)
+    for name, allowed in _FIXED.items():
+        read.fixed(name, allowed)
+    theta, yarn = _rope(read)
+    fp8, not_quantized = _quantization(read)
+    num_heads = read.integer("num_attention_heads")
+    if read.integer("num_key_value_heads", num_heads) != num_heads:
+        raise ConfigError(
+            "num_key_value_heads must equal num_attention_heads: MLA has one latent for all heads"
+        )
+    eos = read.value("eos_token_id", None)
+    config = ModelConfig(
+        vocab_size=read.integer("vocab_size"),
+        hidden_size=read.integer("hidden_size"),
+        num_layers=read.integer("num_hidden_layers"),
+        num_dense_layers=read.integer("first_k_dense_replace"),
+        dense_ffn=read.integer("intermediate_size"),
+        expert_ffn=read.integer("moe_intermediate_size"),
+        num_experts=read.integer("n_routed_experts"),
+        num_shared_experts=read.integer("n_shared_experts"),
+        top_k=read.integer("num_experts_per_tok"),
+        num_groups=read.integer("n_group"),
+        top_groups=read.integer("topk_group"),
+        norm_top_k=read.boolean("norm_topk_prob"),
+        routed_scale=read.number("routed_scaling_factor"),
+        num_heads=num_heads,
+        q_rank=None if read.value("q_lora_rank") is None else read.integer("q_lora_rank"),
+        kv_rank=read.integer("kv_lora_rank"),
+        nope_dim=read.integer("qk_nope_head_dim"),
+        rope_dim=read.integer("qk_rope_head_dim"),
+        v_dim=read.integer("v_head_dim"),
+        rope_theta=theta,
+        rope_interleave=read.boolean("rope_interleave", True),
+        yarn=yarn,
+        max_len=read.integer("max_position_embeddings"),
+        norm_eps=read.number("rms_norm_eps"),
+        tie_embeddings=read.boolean("tie_word_embeddings", False),
+        dtype=_dtype(read),
+        fp8=fp8,
+        not_quantized=not_quantized,
+        num_mtp_layers=read.integer("num_nextn_predict_layers", 0) or read.integer("num_mtp_layers", 0),
+        bos_id=None if read.value("bos_token_id", None) is None else read.integer("bos_token_id"),
+        eos_ids=tuple(eos)
+        if isinstance(eos, list)
+        else ()
+        if eos is None
+        else (read.integer("eos_token_id"),),
+    )
+    read.finish()
+    return config
+
+
+class _Reader:
+    """Hands out fields by name and remembers which, so that `finish` can name those nobody asked for."""
+
+    def __init__(self, fields: Mapping[str, Any], prefix: str = ""):
+        self._fields, self._prefix = fields, prefix
+        self._seen: set[str] = set()
+
+    def value(self, name: str, *default: Any) -> Any:
+        self._seen.add(name)
+        if name in self._fields:
+            return self._fields[name]
+        if default:
+            return default[0]
+        raise ConfigError(f"{self._prefix}{name} is missing")
+
+    def integer(self, name: str, *default: int) -> int:
+        value = self.value(name, *default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{self._prefix}{name} must be an integer, got {value!r}")
+        return value
+
+    def number(self, name: str, *default: float) -> float:
+        value = self.value(name, *default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"{self._prefix}{name} must be a finite number, got {value!r}")
+        return float(value)
+
+    def boolean(self, name: str, *default: bool) -> bool:
+        value = self.value(name, *default)
+        if not isinstance(value, bool):
+            raise ConfigError(f"{self._prefix}{name} must be true or false, got {value!r}")
+        return value
+
+    def fixed(self, name: str, allowed: tuple[Any, ...]) -> None:
+        value = self.value(name, allowed[0])
+        if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
+            choices = " or ".join(repr(choice) for choice in allowed)
+            raise ConfigError(f"{self._prefix}{name}={value!r} is not implemented (only {choices})")
+
+    def ignore(self, *names: str) -> None:
+        self._seen.update(names)
+
+    def finish(self) -> None:
+        unknown = sorted(set(self._fields) - self._seen - _NOT_MATHEMATICS)
+        if unknown:
+            raise ConfigError(
+                f"unknown field {self._prefix}{unknown[0]}={self._fields[unknown[0]]!r}: it may change the "
+                "mathematics, so it is not ignored"
+            )
+
+
+def _rope(read: _Reader) -> tuple[float, YarnConfig | None]:
+    old, new = read.value("rope_scaling", None), read.value("rope_parameters", None)
+    if old is not None and new is not None and old != new:
+        raise ConfigError("rope_scaling and rope_parameters are both present and differ")
+    fields = new if new is not None else old
+    if fields is None:
+        return read.number("rope_theta"), None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"rope_scaling must be an object, got {fields!r}")
+    rope = _Reader(fields, "rope_parameters." if new is not None else "rope_scaling.")
+    # transformers 4 keeps theta outside, 5 inside; when both are there they have to agree.
+    theta = rope.number("rope_theta") if "rope_theta" in fields else read.number("rope_theta")
+    if read.number("rope_theta", theta) != theta:
+        raise ConfigError(
+            f"rope_theta is {read.number('rope_theta')} outside and {theta} inside rope_parameters"
+        )
+    kind = rope.value("rope_type", rope.value("type", "default"))
+    rope.fixed("partial_rotary_factor", (1.0, 1))
+    if kind == "default":
+        rope.finish()
+        return theta, None
+    if kind != "yarn":
+        raise ConfigError(f"rope type {kind!r} is not implemented (only 'default' or 'yarn')")
+    original = rope.integer("original_max_position_embeddings")
+    factor = fields.get("factor")
+    yarn = YarnConfig(
+        factor=read.integer("max_position_embeddings") / original
+        if factor is None
+        else rope.number("factor"),
+        original_max_len=original,
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        mscale=rope.number("mscale", 0.0),
+        mscale_all_dim=rope.number("mscale_all_dim", 0.0),
+        attention_factor=None
+        if rope.value("attention_factor", None) is None
+        else rope.number("attention_factor"),
+        truncate=rope.boolean("truncate", True),
+    )
+    rope.ignore("factor")
+    rope.finish()
+    return theta, yarn
+
+
+def _quantization(read: _Reader) -> tuple[bool, tuple[str, ...]]:
+    """Whether projections are block FP8, and the modules that stay as they are."""
+    fields = read.value("quantization_config", None)
+    if fields is None:
+        return False, ()
+    if not isinstance(fields, dict):
+        raise ConfigError(f"quantization_config must be an object, got {fields!r}")
+    quant = _Reader(fields, "quantization_config.")
+    quant.fixed("quant_method", ("fp8",))
+    quant.fixed("fmt", ("e4m3",))
+    # The scheme by which others quantise *activations*; ours stay in BF16, which is more exact, so any value will do.
+    quant.ignore("activation_scheme", "scale_fmt")
+    if quant.value("weight_block_size") != [FP8_BLOCK, FP8_BLOCK]:
+        raise ConfigError(
+            f"quantization_config.weight_block_size={quant.value('weight_block_size')!r} is not implemented "
+            f"(only [{FP8_BLOCK}, {FP8_BLOCK}])"
+        )
+    not_quantized = quant.value("modules_to_not_convert", None) or []
+    if not isinstance(not_quantized, list) or not all(isinstance(name, str) for name in not_quantized):
+        raise ConfigError(
+            f"quantization_config.modules_to_not_convert must list names, got {not_quantized!r}"
+        )
+    quant.fixed("dequantize", (False,))
+    quant.finish()
+    return True, tuple(not_quantized)
+
+
+def _dtype(read: _Reader) -> str:
+    old, new = read.value("torch_dtype", None), read.value("dtype", None)
+    dtype = new or old or "bfloat16"
+    if dtype not in ("bfloat16", "float32"):
+        raise ConfigError(f"dtype {dtype!r} is not implemented (only 'bfloat16' or 'float32')")
+    return dtype
+
+
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "moe_layer_freq": (1,),
+}
+"""Fields that choose between formulas of which one is implemented; the first value is the family's default."""
+
+_NOT_MATHEMATICS = frozenset(
+    """
+    architectures model_type auto_map transformers_version _name_or_path use_cache initializer_range
+    attention_dropout aux_loss_alpha seq_aux ep_size pretraining_tp pad_token_id output_router_logits
+    output_attentions output_hidden_states return_dict torchscript router_aux_loss_coef head_dim qk_head_dim
+    is_encoder_decoder chunk_size_feed_forward id2label label2id problem_type num_labels tokenizer_class
+    """.split()
+)
+"""Fields of training, of other runtimes, or derived from fields read above (`head_dim` is `qk_rope_head_dim`)."""

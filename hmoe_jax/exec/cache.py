@@ -1,0 +1,42 @@
+"""JAX's persistent compilation cache: a second start compiles nothing."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import jax
+from absl import logging
+
+MIN_COMPILE_S = 0.1
+"""Programs that compile faster than this are not stored."""
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/hmoe_jax/xla`, or the same below `~/.cache`."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "hmoe_jax" / "xla"
+
+
+def enable_compilation_cache(directory: str | Path | Literal["auto"] | None) -> None:
+    """Turns the cache on for this process (it is a setting of JAX's, shared by all engines); None leaves it alone.
+
+    Raises `ValueError` for a directory that cannot be written; with "auto" that is a warning, and no cache.
+    """
+    if directory is None:
+        return
+    path = default_cache_dir() if directory == "auto" else Path(directory)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        problem = f"compilation cache {path} cannot be written ({error.strerror})"
+        if directory != "auto":
+            raise ValueError(f"{problem}: name another compilation_cache, or None") from None
+        logging.warning("%s: every start compiles anew", problem)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_S)

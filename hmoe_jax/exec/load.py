@@ -1,0 +1,80 @@
+"""From a model folder to weights on the device: strict, with progress, routed experts left to the executor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from hmoe_jax.architectures.deepseek_v3 import Moe, Weights, prepare
+from hmoe_jax.architectures.deepseek_v3_checkpoint import describe, expected_tensors, is_ignored
+from hmoe_jax.checkpoint.index import Checkpoint
+from hmoe_jax.checkpoint.specs import TensorSpec, check_scales, check_tensors
+from hmoe_jax.config import ModelConfig
+from hmoe_jax.nn.linear import Projection
+
+
+def check_checkpoint(config: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Raises `CheckpointError` unless the tensors are those that `config` promises."""
+    check_tensors(checkpoint, expected_tensors(config), ignore=is_ignored(config))
+    if config.num_mtp_layers:
+        logging.info("%d multi-token-prediction layer(s): recognised, not loaded", config.num_mtp_layers)
+
+
+def load_weights(
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    *,
+    dtype: jnp.dtype,
+    pool: int | None,
+    advance: Callable[[int], None],
+) -> Weights:
+    """Everything but the routed experts, copied to the default device and prepared.
+
+    FP8 projections stay FP8; router weights become FP32, everything else `dtype`. On the CPU platform the projections
+    are multiplied by the native thread pool with the id `pool`, or by XLA if it is None. `advance` is told bytes.
+    """
+
+    def read(spec: TensorSpec) -> jax.Array:
+        is_scale = spec.name.endswith("weight_scale_inv")
+        array = read_scales(checkpoint, spec.name) if is_scale else checkpoint.array(spec.name)
+        advance(array.nbytes)
+        return jax.device_put(array)
+
+    weights = jax.tree.map(read, describe(config))
+    return _set_pool(prepare(config, _cast(weights, dtype), dtype=dtype), pool)
+
+
+def read_scales(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    """The scales of an FP8 tensor, all of them finite and above zero."""
+    scales = checkpoint.array(name)
+    check_scales(name, scales, file=str(checkpoint.file_of(name)))
+    return scales
+
+
+def _cast(weights: Weights, dtype: jnp.dtype) -> Weights:
+    def is_special(node: object) -> bool:
+        return isinstance(node, Moe | Projection)
+
+    def cast(node):
+        if isinstance(node, Projection):
+            return node if node.scale is not None else replace(node, weight=node.weight.astype(dtype))
+        if isinstance(node, Moe):
+            wide = {"router": node.router.astype(jnp.float32), "router_bias": node.router_bias.astype(jnp.float32)}
+            return replace(node, shared=jax.tree.map(cast, node.shared, is_leaf=is_special), **wide)
+        return node.astype(dtype)
+
+    return jax.tree.map(cast, weights, is_leaf=is_special)
+
+
+def _set_pool(weights: Weights, pool: int | None) -> Weights:
+    def is_projection(node: object) -> bool:
+        return isinstance(node, Projection)
+
+    return jax.tree.map(
+        lambda node: replace(node, pool=pool) if is_projection(node) else node, weights, is_leaf=is_projection
+    )

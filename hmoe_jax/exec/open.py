@@ -1,0 +1,52 @@
+"""From a model folder and the user's wishes to an executor that is ready to run."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal
+
+import jax
+from absl import logging
+
+from hmoe_jax.checkpoint import integrity
+from hmoe_jax.checkpoint.index import open_checkpoint
+from hmoe_jax.checkpoint.progress import byte_progress
+from hmoe_jax.config import read_config
+from hmoe_jax.exec import fused, graph
+from hmoe_jax.exec.load import check_checkpoint, load_weights
+from hmoe_jax.exec.plan import EngineOptions, Plan, find_hardware, resolve
+from hmoe_jax.exec.programs import Executor
+from hmoe_jax.kernels.pool import ThreadPool
+
+
+def open_executor(
+    folder: str | Path, options: EngineOptions, *, verify: bool | Literal["auto"] = "auto"
+) -> tuple[Executor, Plan]:
+    """Reads config and weights strictly, and places them as the plan says. Nothing is compiled yet.
+
+    `verify` checks the folder's `SHA256SUMS` first; "auto" does where that is quick. Raises `ConfigError`,
+    `CheckpointError`, or `ValueError` for options that cannot be met; then nothing is left open.
+    """
+    config = read_config(folder)
+    plan = resolve(options, config, find_hardware(options.device))
+    for line in plan.describe():
+        logging.info("plan: %s", line)
+    if integrity.should_verify(folder, verify):
+        with byte_progress(integrity.covered_bytes(folder), label="verifying") as advance:
+            integrity.verify(folder, on_bytes=advance)
+    with ExitStack() as owned, open_checkpoint(folder) as checkpoint, jax.default_device(plan.device):
+        check_checkpoint(config, checkpoint)
+        with byte_progress(checkpoint.total_bytes, label="loading") as advance:
+            if plan.executor == "fused":
+                pool = ThreadPool(plan.num_threads, isa=plan.isa)
+                owned.callback(pool.close)
+                backend = fused.load_experts(config, checkpoint, pool=pool, advance=advance)
+                owned.callback(backend.close)
+                pool_id: int | None = pool.id
+            else:
+                backend = graph.load_experts(config, checkpoint, dtype=plan.dtype, advance=advance)
+                pool_id = None
+            weights = load_weights(config, checkpoint, dtype=plan.dtype, pool=pool_id, advance=advance)
+        executor = Executor(config, weights, backend, plan=plan, on_close=owned.pop_all().close)
+    return executor, plan

@@ -1,0 +1,191 @@
+"""What the user asked for, the model and the machine, resolved once into one frozen plan."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from hmoe_jax.config import ModelConfig
+from hmoe_jax.exec.buckets import Buckets
+from hmoe_jax.kernels.pool import available_isas, resolve_num_threads
+from hmoe_jax.kv.pages import CacheLayout
+
+PAGE_SIZE = 64
+"""Tokens in a page of the cache."""
+
+CHUNK_LEN = 256
+"""Positions that one step of the loop over the context takes: 300 KB of latents, which stay in the L2 cache."""
+
+KV_SHARE = 0.25
+"""The part of the device's memory that the cache may take by default."""
+
+SMALLEST_PREFILL = 32
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """The user's wishes; "auto" and None leave the choice to `resolve`. Raises `ValueError` naming the option."""
+
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 8
+    max_prefill_tokens: int = 512
+    num_threads: int | Literal["auto"] = "auto"
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    executor: Literal["auto", "graph", "fused"] = "auto"
+    isa: str = "auto"
+    kv_cache_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_prefill_tokens", "max_model_len", "kv_cache_bytes"):
+            value = getattr(self, name)
+            optional = name in ("max_model_len", "kv_cache_bytes")
+            if optional and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        choices = {
+            "dtype": ("auto", "bfloat16", "float32"),
+            "device": ("auto", "cpu", "gpu"),
+            "executor": ("auto", "graph", "fused"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the plan needs to know of the machine: the chosen device and its memory."""
+
+    device: jax.Device
+    memory_bytes: int
+
+    @property
+    def platform(self) -> str:
+        return self.device.platform
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every choice made; `reasons` tells why, for the automatic ones."""
+
+    device: jax.Device
+    executor: Literal["graph", "fused"]
+    dtype: Any
+    isa: str
+    num_threads: int
+    layout: CacheLayout
+    buckets: Buckets
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def describe(self) -> list[str]:
+        """One line for each choice that was not the user's."""
+        return [f"{name}: {reason}" for name, reason in self.reasons.items()]
+
+
+def find_hardware(device: Literal["auto", "cpu", "gpu"]) -> Hardware:
+    """The named device, or JAX's default one. Raises `ValueError` if there is none of that kind."""
+    try:
+        found = jax.devices()[0] if device == "auto" else jax.devices(device)[0]
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is not available: {error}") from None
+    stats = found.memory_stats() if found.platform != "cpu" else None
+    ram_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Hardware(found, stats["bytes_limit"] if stats else ram_bytes)
+
+
+def resolve(options: EngineOptions, config: ModelConfig, hardware: Hardware) -> Plan:
+    """Pure but for asking the CPU for its instruction sets. Raises `ValueError` for wishes that exclude each other."""
+    reasons: dict[str, str] = {}
+    dtype = config.dtype if options.dtype == "auto" else options.dtype
+    if options.dtype == "auto":
+        reasons["dtype"] = f"{dtype}, as the checkpoint says"
+    executor = _executor(options, hardware, dtype, reasons)
+    isa = options.isa
+    if isa == "auto":
+        isa = available_isas()[0]
+        reasons["isa"] = f"{isa}, the best that this CPU offers"
+    num_threads = resolve_num_threads(options.num_threads)
+    if options.num_threads == "auto":
+        reasons["num_threads"] = f"{num_threads}, the CPUs that this process may use"
+    layout = _layout(options, config, hardware, dtype, reasons)
+    return Plan(
+        device=hardware.device,
+        executor=executor,
+        dtype=jnp.dtype(dtype),
+        isa=isa,
+        num_threads=num_threads,
+        layout=layout,
+        buckets=_buckets(options, layout),
+        reasons=reasons,
+    )
+
+
+def _executor(
+    options: EngineOptions, hardware: Hardware, dtype: str, reasons: dict[str, str]
+) -> Literal["graph", "fused"]:
+    if options.executor == "fused" and hardware.platform != "cpu":
+        raise ValueError(f"executor 'fused' needs device 'cpu', got {hardware.platform!r}")
+    if options.executor == "fused" and dtype == "float32":
+        raise ValueError("executor 'fused' computes in bfloat16; dtype 'float32' needs executor 'graph'")
+    if options.executor != "auto":
+        return options.executor
+    if hardware.platform != "cpu":
+        reasons["executor"] = f"graph, as the device is {hardware.platform!r}: all weights must fit it"
+        return "graph"
+    if dtype == "float32":
+        reasons["executor"] = "graph, as dtype is float32"
+        return "graph"
+    reasons["executor"] = "fused: routed experts in native kernels, on the CPU platform"
+    return "fused"
+
+
+def _layout(
+    options: EngineOptions, config: ModelConfig, hardware: Hardware, dtype: str, reasons: dict[str, str]
+) -> CacheLayout:
+    max_len = options.max_model_len or config.max_len
+    if max_len > config.max_len:
+        raise ValueError(f"max_model_len {max_len} exceeds the model's {config.max_len} positions")
+    page_bytes = config.num_layers * PAGE_SIZE * config.latent_dim * jnp.dtype(dtype).itemsize
+    budget = options.kv_cache_bytes or int(hardware.memory_bytes * KV_SHARE)
+    pages_each = -(-max_len // PAGE_SIZE)
+    num_pages = 1 + min(options.max_num_seqs * pages_each, budget // page_bytes)
+    if num_pages <= pages_each:
+        name = "kv_cache_bytes" if options.kv_cache_bytes else f"{KV_SHARE:.0%} of the memory"
+        raise ValueError(
+            f"a sequence of max_model_len {max_len} needs {pages_each * page_bytes:,} bytes of cache, but {name} is "
+            f"{budget:,}: lower max_model_len"
+        )
+    reasons["kv_cache"] = f"{num_pages - 1} pages of {PAGE_SIZE} tokens, {(num_pages - 1) * page_bytes / 1e9:.3g} GB"
+    if options.max_model_len is None:
+        reasons["max_model_len"] = f"{max_len}, the model's"
+    return CacheLayout(
+        num_layers=config.num_layers,
+        num_pages=num_pages,
+        page_size=PAGE_SIZE,
+        latent_dim=config.latent_dim,
+        chunk_pages=CHUNK_LEN // PAGE_SIZE,
+        max_len=max_len,
+    )
+
+
+def _buckets(options: EngineOptions, layout: CacheLayout) -> Buckets:
+    """Prefill: 32, 128, 512... up to the limit, so that padding costs at most 4x. Decode: powers of two."""
+    limit = min(options.max_prefill_tokens, layout.max_len)
+    prefill = _geometric(SMALLEST_PREFILL, limit, 4)
+    decode = _geometric(1, options.max_num_seqs, 2)
+    return Buckets(prefill=prefill, decode=decode, scored=prefill[min(1, len(prefill) - 1)])
+
+
+def _geometric(first: int, limit: int, factor: int) -> tuple[int, ...]:
+    sizes = []
+    while first < limit:
+        sizes.append(first)
+        first *= factor
+    return (*sizes, limit)

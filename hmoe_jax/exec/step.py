@@ -1,0 +1,158 @@
+"""The two step programs, as pure functions: a piece of one prompt, or one token for each of many sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from hmoe_jax.architectures import deepseek_v3
+from hmoe_jax.architectures.deepseek_v3 import RoutedExperts, Tokens, Weights
+from hmoe_jax.config import ModelConfig
+from hmoe_jax.kv.pages import CacheLayout, read_chunk, write_latents
+from hmoe_jax.nn.attention import Context, Queries, UpProjections, attend_absorbed, attend_decompressed
+from hmoe_jax.sampling import Sampled, SamplerState, report, sample
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PrefillBatch:
+    """Tokens `start .. start + length - 1` of one prompt, padded to t. `targets` are the tokens after each of them.
+
+    `is_last` says that the prompt ends here: only then is the sampled token real, and the sampler's row moved on.
+    """
+
+    tokens: Int32[Array, " t"]
+    targets: Int32[Array, " t"]
+    start: Int32[Array, ""]
+    length: Int32[Array, ""]
+    is_last: Bool[Array, ""]
+    slot: Int32[Array, ""]
+    table: Int32[Array, " p"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeBatch:
+    """One token of each of b sequences. Padding has `valid` False and an empty table."""
+
+    tokens: Int32[Array, " b"]
+    positions: Int32[Array, " b"]
+    valid: Bool[Array, " b"]
+    slots: Int32[Array, " b"]
+    tables: Int32[Array, "b p"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DeviceState:
+    """What a step changes, all of it donated: one cache per layer, and the sampler's rows."""
+
+    caches: tuple[Float[Array, "pages slots w"], ...]
+    sampler: SamplerState
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepOutput:
+    """`routes` are expert ids per MoE layer and token, -1 for padding. `prompt` scores the batch's `targets`, if asked."""
+
+    sampled: Sampled
+    routes: Int32[Array, "m t k"]
+    prompt: Sampled | None = None
+
+
+@dataclass(frozen=True)
+class StepModel:
+    """What a step runs: the model, where its cache lies, and who computes its routed experts."""
+
+    config: ModelConfig
+    layout: CacheLayout
+    weights: Weights
+    experts: RoutedExperts
+
+
+def prefill(model: StepModel, state: DeviceState, batch: PrefillBatch) -> tuple[StepOutput, DeviceState]:
+    """Runs the tokens, fills the cache, samples after the last one."""
+    hidden, caches, routes = _prefill_hidden(model, state, batch)
+    last = jax.lax.dynamic_slice_in_dim(hidden, batch.length - 1, 1)
+    sampled, sampler = sample(
+        state.sampler, batch.slot[None], deepseek_v3.logits(model.weights, last), batch.is_last[None]
+    )
+    return StepOutput(sampled, routes), DeviceState(caches, sampler)
+
+
+def prefill_scored(
+    model: StepModel, state: DeviceState, batch: PrefillBatch
+) -> tuple[StepOutput, DeviceState]:
+    """The same, with log-probabilities of the targets: the head runs on every token, not on one."""
+    hidden, caches, routes = _prefill_hidden(model, state, batch)
+    logits = deepseek_v3.logits(model.weights, hidden)
+    last = jax.lax.dynamic_slice_in_dim(logits, batch.length - 1, 1)
+    sampled, sampler = sample(state.sampler, batch.slot[None], last, batch.is_last[None])
+    return StepOutput(sampled, routes, report(logits, batch.targets)), DeviceState(caches, sampler)
+
+
+def prefill_logits(
+    model: StepModel, state: DeviceState, batch: PrefillBatch
+) -> tuple[Float32[Array, "t v"], DeviceState]:
+    """All logits themselves, for comparisons with other implementations."""
+    hidden, caches, _ = _prefill_hidden(model, state, batch)
+    return deepseek_v3.logits(model.weights, hidden), DeviceState(caches, state.sampler)
+
+
+def decode(model: StepModel, state: DeviceState, batch: DecodeBatch) -> tuple[StepOutput, DeviceState]:
+    """One token further for every sequence of the batch."""
+    logits, caches, routes = _decode_logits(model, state, batch)
+    sampled, sampler = sample(state.sampler, batch.slots, logits, batch.valid)
+    return StepOutput(sampled, routes), DeviceState(caches, sampler)
+
+
+def decode_logits(
+    model: StepModel, state: DeviceState, batch: DecodeBatch
+) -> tuple[Float32[Array, "b v"], DeviceState]:
+    """The logits themselves, for comparisons with other implementations."""
+    logits, caches, _ = _decode_logits(model, state, batch)
+    return logits, DeviceState(caches, state.sampler)
+
+
+def _prefill_hidden(model: StepModel, state: DeviceState, batch: PrefillBatch):
+    offsets = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32)
+    # Padding keeps the last real position, so that it adds no chunk to the loop over the context.
+    positions = batch.start + jnp.minimum(offsets, batch.length - 1)
+    tokens = Tokens(ids=batch.tokens, positions=positions, valid=offsets < batch.length)
+    tables = jnp.broadcast_to(batch.table, (offsets.shape[0], batch.table.shape[0]))
+
+    def attend(cache: Array, queries: Queries, up: UpProjections, latents: Array):
+        cache = write_latents(cache, tables, positions, tokens.valid, latents)
+        context = _context(model.layout, cache, batch.table, positions)
+        return attend_decompressed(queries, up, context, scale=model.config.softmax_scale), cache
+
+    return deepseek_v3.forward(model.config, model.weights, tokens, state.caches, attend, model.experts)
+
+
+def _decode_logits(model: StepModel, state: DeviceState, batch: DecodeBatch):
+    tokens = Tokens(ids=batch.tokens, positions=batch.positions, valid=batch.valid)
+
+    def attend(cache: Array, queries: Queries, up: UpProjections, latents: Array):
+        cache = write_latents(cache, batch.tables, batch.positions, batch.valid, latents)
+        context = _context(model.layout, cache, batch.tables, batch.positions)
+        return attend_absorbed(queries, up, context, scale=model.config.softmax_scale), cache
+
+    hidden, caches, routes = deepseek_v3.forward(
+        model.config, model.weights, tokens, state.caches, attend, model.experts
+    )
+    return deepseek_v3.logits(model.weights, hidden), caches, routes
+
+
+def _context(
+    layout: CacheLayout, cache: Array, tables: Int32[Array, "*b p"], positions: Int32[Array, " t"]
+) -> Context:
+    return Context(
+        chunk=lambda index: read_chunk(cache, tables, index, chunk_pages=layout.chunk_pages),
+        chunk_len=layout.chunk_len,
+        num_chunks=positions.max() // layout.chunk_len + 1,
+        positions=positions,
+    )

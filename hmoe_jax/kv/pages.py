@@ -1,0 +1,103 @@
+"""Paged storage of latents: a pool that hands out page numbers, and the arrays that they index.
+
+Page 0 belongs to nobody: padding is written there, and unused places of a page table point at it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+SCRATCH_PAGE = 0
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """Sizes of the cache. `chunk_pages` are read together by one step of attention."""
+
+    num_layers: int
+    num_pages: int
+    page_size: int
+    latent_dim: int
+    chunk_pages: int
+    max_len: int
+
+    def __post_init__(self) -> None:
+        if self.num_pages < 2:  # noqa: PLR2004 - the scratch page and one that can be used
+            raise ValueError(f"num_pages must be at least 2, got {self.num_pages}")
+
+    @property
+    def chunk_len(self) -> int:
+        return self.chunk_pages * self.page_size
+
+    @property
+    def table_len(self) -> int:
+        """Pages in a sequence's table: enough for `max_len` tokens, rounded up to whole chunks."""
+        return -(-self.max_len // self.chunk_len) * self.chunk_pages
+
+    def pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def allocate(self, dtype: jnp.dtype) -> tuple[Float[Array, "pages slots w"], ...]:
+        """One zeroed array per layer."""
+        shape = (self.num_pages, self.page_size, self.latent_dim)
+        return tuple(jnp.zeros(shape, dtype) for _ in range(self.num_layers))
+
+
+class PagePool:
+    """Which pages are free. Freed pages are handed out again before fresh ones."""
+
+    def __init__(self, num_pages: int):
+        self._free = list(range(num_pages - 1, SCRATCH_PAGE, -1))
+        self._used: set[int] = set()
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """`count` pages. Raises `ValueError` if fewer are free (ask `num_free` first)."""
+        if count > len(self._free):
+            raise ValueError(f"{count} pages wanted, {len(self._free)} free")
+        pages = [self._free.pop() for _ in range(count)]
+        self._used.update(pages)
+        return pages
+
+    def give_back(self, pages: list[int]) -> None:
+        """Raises `ValueError` for a page that is not in use: it would be handed out twice."""
+        for page in pages:
+            if page not in self._used:
+                raise ValueError(f"page {page} is not in use")
+            self._used.remove(page)
+            self._free.append(page)
+
+
+def write_latents(
+    cache: Float[Array, "pages slots w"],
+    tables: Int32[Array, "t p"],
+    positions: Int32[Array, " t"],
+    valid: Bool[Array, " t"],
+    latents: Float[Array, "t w"],
+) -> Float[Array, "pages slots w"]:
+    """The cache with token i's latents at `positions[i]` of the sequence whose table is `tables[i]`."""
+    page_size = cache.shape[1]
+    pages = jnp.take_along_axis(tables, positions[:, None] // page_size, axis=1)[:, 0]
+    return cache.at[jnp.where(valid, pages, SCRATCH_PAGE), positions % page_size].set(
+        latents.astype(cache.dtype)
+    )
+
+
+def read_chunk(
+    cache: Float[Array, "pages slots w"],
+    tables: Int32[Array, "*b p"],
+    index: Int32[Array, ""],
+    *,
+    chunk_pages: int,
+) -> Float[Array, "*b s w"]:
+    """Chunk `index` of every sequence: positions `index*s` to `index*s + s - 1`."""
+    pages = jax.lax.dynamic_slice_in_dim(tables, index * chunk_pages, chunk_pages, axis=-1)
+    latents = cache[pages]
+    return latents.reshape(*tables.shape[:-1], chunk_pages * cache.shape[1], cache.shape[2])

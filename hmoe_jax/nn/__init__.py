@@ -1,0 +1,1 @@
+"""Building blocks of the models: pure functions over arrays, each in its own file."""

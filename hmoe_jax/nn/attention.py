@@ -1,0 +1,110 @@
+"""Multi-head latent attention over a cache of latents, in its two forms.
+
+A token leaves `latent = [normed kv latent (r), rotated key part (p)]` in the cache. *Decompressed* attention expands the
+latents into keys and values of every head: fewer multiplications when many queries meet the same context (prefill).
+*Absorbed* attention moves the expansion into the query and the output, so that a decode step reads 576 values per token
+instead of 40,960 (arXiv 2405.04434, section 2.1). Both walk the context in chunks with an online softmax (arXiv
+2205.14135), so memory does not grow with its length, and one program serves every length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from hmoe_jax.nn.einsum import einsum_f32
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class UpProjections:
+    """How latents become keys and values: `key [h, n, r]`, `value [h, v, r]`."""
+
+    key: Float[Array, "h n r"]
+    value: Float[Array, "h v r"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Queries:
+    """`nope [t, h, n]` meets the expanded latents, `rope [t, h, p]` (rotated) the shared key part."""
+
+    nope: Float[Array, "t h n"]
+    rope: Float[Array, "t h p"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """The cached latents that queries may look at.
+
+    `chunk(i)` is chunk i: `[s, r+p]` shared by all queries, or `[t, s, r+p]` with a sequence of its own for each. Slot j
+    of chunk i is position `i*s + j`; a query sees the slots up to its own position, itself included. Only the first
+    `num_chunks` (a traced scalar) are read.
+    """
+
+    chunk: Callable[[Int32[Array, ""]], Float[Array, "*t s w"]]
+    chunk_len: int
+    num_chunks: Int32[Array, ""]
+    positions: Int32[Array, " t"]
+
+
+def attend_decompressed(
+    queries: Queries, up: UpProjections, context: Context, *, scale: float
+) -> Float[Array, "t h v"]:
+    """Attention of all `t` tokens of one sequence. Scores and sums in FP32; the result has the queries' dtype."""
+    rank = up.key.shape[-1]
+
+    def scores_and_values(latents: Float[Array, "s w"]):
+        c, k_pe = latents[:, :rank], latents[:, rank:]
+        k = einsum_f32("sr,hnr->shn", c, up.key).astype(c.dtype)
+        v = einsum_f32("sr,hvr->shv", c, up.value).astype(c.dtype)
+        scores = einsum_f32("thn,shn->ths", queries.nope, k) + einsum_f32("thp,sp->ths", queries.rope, k_pe)
+        return scores, lambda p: einsum_f32("ths,shv->thv", p, v)
+
+    return _online_softmax(scores_and_values, queries, context, width=up.value.shape[1], scale=scale)
+
+
+def attend_absorbed(
+    queries: Queries, up: UpProjections, context: Context, *, scale: float
+) -> Float[Array, "t h v"]:
+    """Attention of `t` sequences with one new token each. Dtypes as for `attend_decompressed`."""
+    rank = up.key.shape[-1]
+    absorbed = einsum_f32("thn,hnr->thr", queries.nope, up.key).astype(queries.nope.dtype)
+    query = jnp.concatenate([absorbed, queries.rope], axis=-1)
+
+    def scores_and_values(latents: Float[Array, "t s w"]):
+        scores = einsum_f32("thw,tsw->ths", query, latents)
+        return scores, lambda p: einsum_f32("ths,tsr->thr", p, latents[..., :rank])
+
+    mixed = _online_softmax(scores_and_values, queries, context, width=rank, scale=scale)
+    return einsum_f32("thr,hvr->thv", mixed, up.value).astype(mixed.dtype)
+
+
+def _online_softmax(scores_and_values, queries: Queries, context: Context, *, width: int, scale: float):
+    num_tokens, num_heads = queries.nope.shape[:2]
+    dtype = queries.nope.dtype
+
+    def step(i, state):
+        best, total, mixed = state
+        scores, mix = scores_and_values(context.chunk(i))
+        slots = i * context.chunk_len + jnp.arange(context.chunk_len)
+        visible = slots <= context.positions[:, None]
+        scores = jnp.where(visible[:, None, :], scores * scale, -jnp.inf)
+        # Slot 0 is visible to every query, so `best` is finite from the first chunk on.
+        new_best = jnp.maximum(best, scores.max(axis=-1))
+        shrink = jnp.exp(best - new_best)
+        p = jnp.exp(scores - new_best[..., None])
+        return new_best, total * shrink + p.sum(axis=-1), mixed * shrink[..., None] + mix(p.astype(dtype))
+
+    start = (
+        jnp.full((num_tokens, num_heads), -jnp.inf, jnp.float32),
+        jnp.zeros((num_tokens, num_heads), jnp.float32),
+        jnp.zeros((num_tokens, num_heads, width), jnp.float32),
+    )
+    _, total, mixed = lax.fori_loop(0, context.num_chunks, step, start)
+    return (mixed / total[..., None]).astype(dtype)

@@ -1,0 +1,49 @@
+"""Dense projections, whatever their number format and whoever multiplies them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32
+
+from hmoe_jax import quant
+from hmoe_jax.kernels.linear import linear as native_linear
+from hmoe_jax.nn.einsum import einsum_f32
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("weight", "scale"), meta_fields=("pool",))
+@dataclass(frozen=True)
+class Projection:
+    """A weight `[out, in]`: BF16 or FP32, or E4M3 with `scale [ceil(out/128), ceil(in/128)]`.
+
+    `pool` names the native thread pool that multiplies it on the CPU platform; None leaves it to XLA. In an abstract
+    tree the leaves are `TensorSpec`s.
+    """
+
+    weight: Any
+    scale: Any = None
+    pool: int | None = None
+
+
+def linear(x: Float[Array, "t i"], projection: Projection) -> Float32[Array, "t o"]:
+    """x @ weight.T with FP32 accumulation and an FP32 result."""
+    if projection.pool is None:
+        return _linear_xla(x, projection)
+    return lax.platform_dependent(x, projection, cpu=_linear_native, default=_linear_xla)
+
+
+def _linear_xla(x: Float[Array, "t i"], projection: Projection) -> Float32[Array, "t o"]:
+    weight = projection.weight
+    if projection.scale is not None:
+        # Scaled in FP32: rounding e4m3 * scale to BF16 would lose bits that the checkpoint has.
+        weight, x = quant.dequantize(weight, projection.scale, jnp.float32), x.astype(jnp.float32)
+    return einsum_f32("ti,oi->to", x, weight)
+
+
+def _linear_native(x: Float[Array, "t i"], projection: Projection) -> Float32[Array, "t o"]:
+    return native_linear(x, projection.weight, projection.scale, pool=projection.pool)

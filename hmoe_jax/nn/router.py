@@ -1,0 +1,40 @@
+"""DeepSeek-V3's auxiliary-loss-free top-k routing (`noaux_tc`; arXiv 2412.19437, section 2.1.2)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
+
+from hmoe_jax.config import ModelConfig
+
+
+def route(
+    config: ModelConfig,
+    hidden: Float[Array, "t d"],
+    weight: Float32[Array, "e d"],
+    bias: Float32[Array, " e"],
+) -> tuple[Int32[Array, "t k"], Float32[Array, "t k"]]:
+    """Expert ids and their weights, best first, all in FP32.
+
+    `bias` decides who is chosen, never with what weight. Only experts of the best `top_groups` groups are eligible; a
+    group counts as much as its two best experts.
+    """
+    logits = jnp.einsum("td,ed->te", hidden.astype(jnp.float32), weight, precision=lax.Precision.HIGHEST)
+    scores = jax.nn.sigmoid(logits)
+    _, ids = lax.top_k(_eligible(config, scores + bias), config.top_k)
+    weights = jnp.take_along_axis(scores, ids, axis=1)
+    if config.norm_top_k:
+        weights = weights / (weights.sum(axis=1, keepdims=True) + 1e-20)
+    return ids, weights * config.routed_scale
+
+
+def _eligible(config: ModelConfig, choice: Float32[Array, "t e"]) -> Float32[Array, "t e"]:
+    if config.top_groups == config.num_groups:
+        return choice
+    groups = choice.reshape(-1, config.num_groups, config.experts_per_group)
+    group_scores = lax.top_k(groups, 2)[0].sum(axis=-1)
+    _, best = lax.top_k(group_scores, config.top_groups)
+    chosen = jax.nn.one_hot(best, config.num_groups, dtype=jnp.bool_).any(axis=1)
+    return jnp.where(chosen[:, :, None], groups, -jnp.inf).reshape(choice.shape)

@@ -1,0 +1,186 @@
+"""From logits to the next token, on the device, inside the step program.
+
+Every running sequence has a row in `SamplerState`. A row's draws depend on its own seed and on how many tokens it has
+drawn, on nothing else: a seeded request repeats whatever it is batched with. Order of operations as in vLLM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
+
+from hmoe_jax.sampling_params import MAX_LOGPROBS, SamplingParams
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplerState:
+    """One row per sequence, and a last one for padding. Counts are of generated tokens."""
+
+    temperature: Float32[Array, " s"]
+    top_p: Float32[Array, " s"]
+    min_p: Float32[Array, " s"]
+    top_k: Int32[Array, " s"]
+    presence: Float32[Array, " s"]
+    frequency: Float32[Array, " s"]
+    repetition: Float32[Array, " s"]
+    min_tokens: Int32[Array, " s"]
+    drawn: Int32[Array, " s"]
+    seed: UInt32[Array, "s 2"]
+    counts: Int32[Array, "s v"]
+    in_prompt: Bool[Array, "s v"]
+    bias: Float32[Array, "s v"]
+    is_stop: Bool[Array, "s v"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampled:
+    """The drawn tokens, and the log-probabilities of the model itself (before penalties and temperature).
+
+    `rank` 1 is the most probable token. `top_ids` and `top_logprobs` are best first.
+    """
+
+    tokens: Int32[Array, " b"]
+    logprob: Float32[Array, " b"]
+    rank: Int32[Array, " b"]
+    top_ids: Int32[Array, "b n"]
+    top_logprobs: Float32[Array, "b n"]
+
+
+def empty_state(num_rows: int, vocab_size: int) -> SamplerState:
+    """`num_rows` greedy rows, and the one for padding."""
+    row = sampler_row(SamplingParams(temperature=0.0), vocab_size, prompt_ids=(), stop_ids=(), seed=0)
+    return jax.tree.map(lambda value: jnp.repeat(jnp.asarray(value)[None], num_rows + 1, axis=0), row)
+
+
+def sampler_row(
+    params: SamplingParams,
+    vocab_size: int,
+    *,
+    prompt_ids: tuple[int, ...],
+    stop_ids: tuple[int, ...],
+    seed: int,
+) -> SamplerState:
+    """The row (no leading axis, NumPy) of a request. `stop_ids` may not be drawn before `min_tokens`."""
+
+    def mask(ids: tuple[int, ...]) -> np.ndarray:
+        row = np.zeros(vocab_size, np.bool_)
+        row[list(ids)] = True
+        return row
+
+    bias = np.zeros(vocab_size, np.float32)
+    for token, value in (params.logit_bias or {}).items():
+        bias[token] = value
+    return SamplerState(
+        temperature=np.float32(0.0 if params.is_greedy else params.temperature),
+        top_p=np.float32(params.top_p),
+        min_p=np.float32(params.min_p),
+        top_k=np.int32(params.top_k or vocab_size),
+        presence=np.float32(params.presence_penalty),
+        frequency=np.float32(params.frequency_penalty),
+        repetition=np.float32(params.repetition_penalty),
+        min_tokens=np.int32(params.min_tokens),
+        drawn=np.int32(0),
+        seed=np.array([(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32),
+        counts=np.zeros(vocab_size, np.int32),
+        in_prompt=mask(prompt_ids),
+        bias=bias,
+        is_stop=mask(stop_ids),
+    )
+
+
+def set_row(state: SamplerState, slot: Int32[Array, ""], row: SamplerState) -> SamplerState:
+    return jax.tree.map(lambda rows, new: rows.at[slot].set(new), state, row)
+
+
+def sample(
+    state: SamplerState, slots: Int32[Array, " b"], logits: Float32[Array, "b v"], advance: Bool[Array, " b"]
+) -> tuple[Sampled, SamplerState]:
+    """Draws a token for each of the `slots`; rows that do not `advance` (padding, unfinished prompts) stay as they are."""
+    with jax.named_scope("sample"):
+        rows = jax.tree.map(lambda value: value[slots], state)
+        adjusted = lax.cond(_is_adjusted(rows), _adjust, lambda rows, logits: logits, rows, logits)
+        tokens = lax.cond(jnp.any(rows.temperature > 0), _draw, _greedy, rows, adjusted)
+        step = advance.astype(jnp.int32)
+        counts, drawn = state.counts.at[slots, tokens].add(step), state.drawn.at[slots].add(step)
+        # `rows` may not be used from here on: with donated buffers the update is in place.
+        new_state = SamplerState(
+            **{field.name: getattr(state, field.name) for field in fields(state)}
+            | {"counts": counts, "drawn": drawn}
+        )
+        return report(logits, tokens), new_state
+
+
+def report(logits: Float32[Array, "b v"], tokens: Int32[Array, " b"]) -> Sampled:
+    """What the model thought of `tokens`, and its own favourites."""
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    chosen = jnp.take_along_axis(log_probs, tokens[:, None], axis=1)
+    top_logprobs, top_ids = lax.top_k(log_probs, min(MAX_LOGPROBS, logits.shape[-1]))
+    rank = 1 + jnp.sum(log_probs > chosen, axis=-1, dtype=jnp.int32)
+    return Sampled(tokens, chosen[:, 0], rank, top_ids, top_logprobs)
+
+
+def _is_adjusted(rows: SamplerState) -> Bool[Array, ""]:
+    per_row = (
+        (rows.presence != 0)
+        | (rows.frequency != 0)
+        | (rows.repetition != 1)
+        | (rows.drawn < rows.min_tokens)
+        | jnp.any(rows.bias != 0, axis=-1)
+    )
+    return jnp.any(per_row)
+
+
+def _adjust(rows: SamplerState, logits: Float32[Array, "b v"]) -> Float32[Array, "b v"]:
+    too_early = (rows.drawn < rows.min_tokens)[:, None] & rows.is_stop
+    logits = jnp.where(too_early, -jnp.inf, logits) + rows.bias
+    seen = rows.in_prompt | (rows.counts > 0)
+    repetition = jnp.where(seen, rows.repetition[:, None], 1.0)
+    logits = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = logits - rows.frequency[:, None] * rows.counts
+    return logits - rows.presence[:, None] * (rows.counts > 0)
+
+
+def _greedy(rows: SamplerState, logits: Float32[Array, "b v"]) -> Int32[Array, " b"]:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def _draw(rows: SamplerState, logits: Float32[Array, "b v"]) -> Int32[Array, " b"]:
+    is_greedy = rows.temperature == 0
+    scaled = logits / jnp.where(is_greedy, 1.0, rows.temperature)[:, None]
+    is_cut = (rows.top_k < logits.shape[-1]) | (rows.top_p < 1) | (rows.min_p > 0)
+    kept = lax.cond(jnp.any(is_cut & ~is_greedy), _cut, lambda rows, scaled: scaled, rows, scaled)
+    drawn = jnp.argmax(kept + _noise(rows, logits.shape[-1]), axis=-1).astype(jnp.int32)
+    return jnp.where(is_greedy, _greedy(rows, logits), drawn)
+
+
+def _noise(rows: SamplerState, vocab_size: int) -> Float32[Array, "b v"]:
+    """Gumbel noise: the argmax of logits plus it is a draw from their softmax."""
+
+    def row(seed: UInt32[Array, " 2"], drawn: Int32[Array, ""]) -> Float32[Array, " v"]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), drawn)
+        return jax.random.gumbel(key, (vocab_size,), jnp.float32)
+
+    return jax.vmap(row)(rows.seed, rows.drawn)
+
+
+def _cut(rows: SamplerState, scaled: Float32[Array, "b v"]) -> Float32[Array, "b v"]:
+    """-inf for all tokens outside min-p, top-k and (of what those leave) top-p. The best token always stays."""
+    best = scaled.max(axis=-1, keepdims=True)
+    kept = jnp.where(scaled < best + jnp.log(rows.min_p)[:, None], -jnp.inf, scaled)
+    ascending = jnp.sort(kept, axis=-1)
+    vocab_size = scaled.shape[-1]
+    least = jnp.take_along_axis(ascending, (vocab_size - rows.top_k)[:, None], axis=1)
+    ascending = jnp.where(ascending < least, -jnp.inf, ascending)
+    # A token is outside the nucleus if it and all less probable ones together hold at most 1 - top_p.
+    mass = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
+    outside = mass <= (1.0 - rows.top_p)[:, None]
+    outside = outside.at[:, -1].set(False)
+    threshold = jnp.take_along_axis(ascending, jnp.sum(outside, axis=-1, keepdims=True), axis=1)
+    return jnp.where(kept < jnp.maximum(least, threshold), -jnp.inf, kept)

@@ -1,0 +1,88 @@
+"""Who runs next: first come, first served, over slots and cache pages. Integers only, no arrays.
+
+A sequence is admitted when a slot is free and pages for the most it can hold; it keeps them until it ends, so a running
+sequence never waits for memory. Prompts go before decoding, one piece at a time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from hmoe_jax.kv.pages import CacheLayout, PagePool
+from hmoe_jax.request import Sequence
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Compute prompt tokens `start .. start + length - 1`; `is_new` if the sequence was admitted just now."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    is_new: bool
+
+    @property
+    def is_last(self) -> bool:
+        return self.start + self.length == len(self.sequence.prompt_ids)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """One token further for each of these."""
+
+    sequences: tuple[Sequence, ...]
+
+
+class Scheduler:
+    """Owns the queue, the slots and the pages. `next` says what to run; `release` takes back what a sequence held."""
+
+    def __init__(self, layout: CacheLayout, *, num_slots: int, prefill_len: int):
+        self._layout, self._prefill_len = layout, prefill_len
+        self._pages = PagePool(layout.num_pages)
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    @property
+    def num_free_pages(self) -> int:
+        return self._pages.num_free
+
+    def add(self, sequence: Sequence) -> None:
+        self._waiting.append(sequence)
+
+    def next(self) -> Prefill | Decode | None:
+        """The next step, or None when nothing is left."""
+        is_new = self._admit()
+        for sequence in self._running:
+            remaining = len(sequence.prompt_ids) - sequence.num_computed
+            if remaining:
+                length = min(remaining, self._prefill_len)
+                return Prefill(sequence, sequence.num_computed, length, is_new and sequence is self._running[-1])
+        return Decode(tuple(self._running)) if self._running else None
+
+    def release(self, sequence: Sequence) -> None:
+        """Forgets a sequence, waiting or running, that has ended."""
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        elif sequence in self._running:
+            self._running.remove(sequence)
+            self._pages.give_back(sequence.pages)
+            self._free_slots.append(sequence.slot)
+            sequence.pages, sequence.slot = [], -1
+
+    def _admit(self) -> bool:
+        """Starts the first waiting sequence if there is room for it; nobody overtakes it."""
+        if not self._waiting or not self._free_slots:
+            return False
+        pages = self._layout.pages_for(self._waiting[0].max_len)
+        if pages > self._pages.num_free:
+            return False
+        sequence = self._waiting.popleft()
+        sequence.pages, sequence.slot = self._pages.take(pages), self._free_slots.pop()
+        self._running.append(sequence)
+        return True

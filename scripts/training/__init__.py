@@ -1,0 +1,1 @@
+"""What `train_embedded.py` is made of: text, the differentiable model, and the checkpoint writer."""
