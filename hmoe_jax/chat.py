@@ -136,9 +136,7 @@ def _check_message(name: str, message: object) -> None:
         raise ValueError(f"{name} (role {role!r}) must have a content, got only {sorted(message)}")
     content = message.get("content")
     if not isinstance(content, str | list | tuple | None):
-        raise ValueError(
-            f"{name}['content'] must be text, a list of parts or None, got {type(content).__name__}"
-        )
+        raise ValueError(f"{name}['content'] must be text, a list of parts or None, got {type(content).__name__}")
 
 
 def _with_content(message: dict[str, Any]) -> dict[str, Any]:
@@ -185,9 +183,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes <, >, & and ' for HTML, which a model was never trained on.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:

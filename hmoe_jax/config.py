@@ -6,14 +6,14 @@ error: a reader that skips what it does not know returns wrong text without a wo
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hmoe_jax.core import ConfigError
+from hmoe_jax.core import CheckpointError, ConfigError
+from hmoe_jax.strict_json import parse_object
 
 SUPPORTED_ARCHITECTURES = ("DeepseekV3ForCausalLM",)
 
@@ -103,12 +103,10 @@ class ModelConfig:
                 f"got {self.num_dense_layers}"
             )
         if self.num_experts % self.num_groups:
-            raise ConfigError(
-                f"n_group ({self.num_groups}) must divide n_routed_experts ({self.num_experts})"
-            )
+            raise ConfigError(f"n_group ({self.num_groups}) must divide n_routed_experts ({self.num_experts})")
         if self.top_groups > self.num_groups:
             raise ConfigError(f"topk_group ({self.top_groups}) exceeds n_group ({self.num_groups})")
-        if self.num_groups > 1 and self.experts_per_group < 2:  # noqa: PLR2004 - a group's score is its best two
+        if self.num_groups > 1 and self.experts_per_group < 2:
             raise ConfigError(f"n_group ({self.num_groups}) leaves fewer than two experts in a group")
         if self.top_k > self.top_groups * self.experts_per_group:
             raise ConfigError(
@@ -153,13 +151,13 @@ def read_config(folder: str | Path) -> ModelConfig:
     if not Path(folder).is_dir():
         raise ConfigError(f"{folder}: no such model folder")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = parse_object(path.read_bytes(), file=str(path))
     except FileNotFoundError:
         raise ConfigError(f"{folder}: no config.json, so this is not a Hugging Face model folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {type(fields).__name__}")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
     try:
         return parse_config(fields)
     except ConfigError as error:
@@ -182,9 +180,7 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
     fp8, not_quantized = _quantization(read)
     num_heads = read.integer("num_attention_heads")
     if read.integer("num_key_value_heads", num_heads) != num_heads:
-        raise ConfigError(
-            "num_key_value_heads must equal num_attention_heads: MLA has one latent for all heads"
-        )
+        raise ConfigError("num_key_value_heads must equal num_attention_heads: MLA has one latent for all heads")
     eos = read.value("eos_token_id", None)
     config = ModelConfig(
         vocab_size=read.integer("vocab_size"),
@@ -217,11 +213,7 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
         not_quantized=not_quantized,
         num_mtp_layers=read.integer("num_nextn_predict_layers", 0) or read.integer("num_mtp_layers", 0),
         bos_id=None if read.value("bos_token_id", None) is None else read.integer("bos_token_id"),
-        eos_ids=tuple(eos)
-        if isinstance(eos, list)
-        else ()
-        if eos is None
-        else (read.integer("eos_token_id"),),
+        eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (read.integer("eos_token_id"),),
     )
     read.finish()
     return config
@@ -291,9 +283,7 @@ def _rope(read: _Reader) -> tuple[float, YarnConfig | None]:
     # transformers 4 keeps theta outside, 5 inside; when both are there they have to agree.
     theta = rope.number("rope_theta") if "rope_theta" in fields else read.number("rope_theta")
     if read.number("rope_theta", theta) != theta:
-        raise ConfigError(
-            f"rope_theta is {read.number('rope_theta')} outside and {theta} inside rope_parameters"
-        )
+        raise ConfigError(f"rope_theta is {read.number('rope_theta')} outside and {theta} inside rope_parameters")
     kind = rope.value("rope_type", rope.value("type", "default"))
     rope.fixed("partial_rotary_factor", (1.0, 1))
     if kind == "default":
@@ -304,17 +294,13 @@ def _rope(read: _Reader) -> tuple[float, YarnConfig | None]:
     original = rope.integer("original_max_position_embeddings")
     factor = fields.get("factor")
     yarn = YarnConfig(
-        factor=read.integer("max_position_embeddings") / original
-        if factor is None
-        else rope.number("factor"),
+        factor=read.integer("max_position_embeddings") / original if factor is None else rope.number("factor"),
         original_max_len=original,
         beta_fast=rope.number("beta_fast", 32.0),
         beta_slow=rope.number("beta_slow", 1.0),
         mscale=rope.number("mscale", 0.0),
         mscale_all_dim=rope.number("mscale_all_dim", 0.0),
-        attention_factor=None
-        if rope.value("attention_factor", None) is None
-        else rope.number("attention_factor"),
+        attention_factor=None if rope.value("attention_factor", None) is None else rope.number("attention_factor"),
         truncate=rope.boolean("truncate", True),
     )
     rope.ignore("factor")
@@ -341,9 +327,7 @@ def _quantization(read: _Reader) -> tuple[bool, tuple[str, ...]]:
         )
     not_quantized = quant.value("modules_to_not_convert", None) or []
     if not isinstance(not_quantized, list) or not all(isinstance(name, str) for name in not_quantized):
-        raise ConfigError(
-            f"quantization_config.modules_to_not_convert must list names, got {not_quantized!r}"
-        )
+        raise ConfigError(f"quantization_config.modules_to_not_convert must list names, got {not_quantized!r}")
     quant.fixed("dequantize", (False,))
     quant.finish()
     return True, tuple(not_quantized)
@@ -367,12 +351,15 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 """Fields that choose between formulas of which one is implemented; the first value is the family's default."""
 
+# fmt: off
 _NOT_MATHEMATICS = frozenset(
-    """
-    architectures model_type auto_map transformers_version _name_or_path use_cache initializer_range
-    attention_dropout aux_loss_alpha seq_aux ep_size pretraining_tp pad_token_id output_router_logits
-    output_attentions output_hidden_states return_dict torchscript router_aux_loss_coef head_dim qk_head_dim
-    is_encoder_decoder chunk_size_feed_forward id2label label2id problem_type num_labels tokenizer_class
-    """.split()
+    (
+        "architectures", "model_type", "auto_map", "transformers_version", "_name_or_path", "use_cache",
+        "initializer_range", "attention_dropout", "aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp",
+        "pad_token_id", "output_router_logits", "output_attentions", "output_hidden_states", "return_dict",
+        "torchscript", "router_aux_loss_coef", "head_dim", "qk_head_dim", "is_encoder_decoder",
+        "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "num_labels", "tokenizer_class",
+    )
 )
+# fmt: on
 """Fields of training, of other runtimes, or derived from fields read above (`head_dim` is `qk_rope_head_dim`)."""

@@ -34,9 +34,8 @@ class Detokenizer:
         self._include_stop = params.include_stop_str_in_output
         self._num_tokens = 0
         self._held = ""  # settled text that may be the start of a stop string
-        self._searched = (
-            0  # no stop string may end any more in this many characters of `_held` and what follows
-        )
+        # Characters of `_held` and what follows that were searched: no stop string may end in them any more.
+        self._searched = 0
 
     def push(self, token_id: int) -> str:
         """Takes the next token and returns the text that is now safe to show, often ""; "" after a stop."""
@@ -75,13 +74,15 @@ class Detokenizer:
 class TextStream:
     """Turns ids into text token by token, so that the pieces joined are `tokenizer.decode` of all ids.
 
-    Decodes only the last tokens, not the whole sequence, and gives out what is new. Their first characters may
-    read differently than in the sequence (a decoder drops a space at the start, a character is cut in two), but
-    those were given out before and only their number matters. Decoders that rewrite earlier text otherwise (CTC)
-    are not handled. A run of byte-fallback tokens is decoded as a whole: it costs its length squared.
+    Decodes only the last tokens, not the whole sequence, and gives out what is new. Their first characters
+    may read differently than in the sequence (a decoder drops a space at the start, a character is cut in
+    two), but those were given out before and only their number matters. Decoders that rewrite earlier text
+    otherwise (CTC) are not handled. A run of byte-fallback tokens is decoded as a whole: it costs its length
+    squared.
 
-    `tokenizers.decoders.DecodeStream` is not used: it raises "Invalid prefix" when byte fallback turns a finished
-    character into U+FFFD because a later byte of the run is invalid, and it cannot give back what it still holds.
+    `tokenizers.decoders.DecodeStream` is not used: it raises "Invalid prefix" when byte fallback turns a
+    finished character into U+FFFD because a later byte of the run is invalid, and it cannot give back what it
+    still holds.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
@@ -95,8 +96,8 @@ class TextStream:
     def tentative(self) -> str:
         """Text beyond the pieces given so far that stands if no further token comes; "" inside a character.
 
-        Whole characters of a run of byte-fallback tokens are here until the run ends: one invalid byte later in
-        the run would turn all of them into U+FFFD.
+        Whole characters of a run of byte-fallback tokens are here until the run ends: one invalid byte later
+        in the run would turn all of them into U+FFFD.
         """
         return "" if self._open.endswith(REPLACEMENT) else self._open
 

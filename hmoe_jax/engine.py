@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -15,17 +15,16 @@ from tqdm import tqdm
 
 from hmoe_jax.chat import ChatTemplate
 from hmoe_jax.config import ModelConfig
+from hmoe_jax.exec.batch import DecodeRow, decode_batch, prefill_batch
 from hmoe_jax.exec.cache import enable_compilation_cache
 from hmoe_jax.exec.open import open_executor
-from hmoe_jax.exec.plan import EngineOptions, Plan
-from hmoe_jax.exec.programs import page_table
-from hmoe_jax.exec.step import DecodeBatch, PrefillBatch
+from hmoe_jax.exec.plan import EngineOptions
 from hmoe_jax.experts.store import StoreStats
 from hmoe_jax.folder import read_json
 from hmoe_jax.outputs import RequestOutput
 from hmoe_jax.request import Request, StopRules
 from hmoe_jax.request import Sequence as Running
-from hmoe_jax.sampling import sampler_row
+from hmoe_jax.sampling import SamplerState, sampler_row
 from hmoe_jax.sampling_params import SamplingParams
 from hmoe_jax.scheduler import Decode, Prefill, Scheduler
 from hmoe_jax.tokenizer import Tokenizer
@@ -127,7 +126,7 @@ class Engine:
     ) -> list[RequestOutput]:
         """Answers one conversation, or each of several, put into words by the checkpoint's chat template."""
         is_one = not messages or isinstance(messages[0], Mapping)
-        conversations = [messages] if is_one else list(messages)
+        conversations: list[Any] = [messages] if is_one else list(messages)
         tokenizer = self._need_tokenizer()
         texts = [self.chat_template.render(each, **template_variables) for each in conversations]
         prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
@@ -148,7 +147,7 @@ class Engine:
                 self._is_closed = True
                 self._executor.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -163,7 +162,7 @@ class Engine:
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         """Checks a prompt and makes it a request. Raises `ValueError`."""
         text = prompt if isinstance(prompt, str) else None
-        ids = self._need_tokenizer().encode(text) if text is not None else _as_ids(prompt)
+        ids = self._need_tokenizer().encode(prompt) if isinstance(prompt, str) else _as_ids(prompt)
         if not ids or text == "":
             raise ValueError("the prompt is empty")
         vocab_size = self.config.vocab_size
@@ -175,7 +174,10 @@ class Engine:
                 f"the prompt has {len(ids)} tokens, but max_model_len is {self.max_model_len} and at least one token "
                 "has to be generated"
             )
-        for name, named in (("logit_bias", params.logit_bias or {}), ("stop_token_ids", params.stop_token_ids or ())):
+        for name, named in (
+            ("logit_bias", params.logit_bias or {}),
+            ("stop_token_ids", params.stop_token_ids or ()),
+        ):
             if any(token >= vocab_size for token in named):
                 raise ValueError(f"{name}: token id {max(named)} is outside the vocabulary of {vocab_size} tokens")
         eos_ids = self.tokenizer.eos_ids if self.tokenizer else self.config.eos_ids
@@ -235,23 +237,19 @@ class Engine:
         size = buckets.scored if scored else buckets.for_prefill(work.length)
         length = min(work.length, size)
         end = work.start + length
-        tokens, targets = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        tokens[:length] = sequence.prompt_ids[work.start : end]
         following = sequence.prompt_ids[work.start + 1 : end + 1]
-        targets[: len(following)] = following
         is_last = end == len(sequence.prompt_ids)
-        output = self._executor.step(
-            PrefillBatch(
-                tokens=tokens,
-                targets=targets,
-                start=np.int32(work.start),
-                length=np.int32(length),
-                is_last=np.bool_(is_last),
-                slot=np.int32(sequence.slot),
-                table=page_table(sequence.pages, self.plan.layout),
-            ),
-            scored=scored,
+        batch = prefill_batch(
+            sequence.prompt_ids[work.start : end],
+            self.plan.layout,
+            size=size,
+            targets=following,
+            start=work.start,
+            is_last=is_last,
+            slot=sequence.slot,
+            pages=sequence.pages,
         )
+        output = self._executor.step(batch, scored=scored)
         sequence.num_computed = end
         if scored:
             sequence.add_prompt_logprobs(jax.device_get(output.prompt), len(following))
@@ -262,14 +260,19 @@ class Engine:
 
     def _decode(self, work: Decode) -> None:
         sequences = work.sequences
-        batch = self._executor.empty_decode(self.plan.buckets.for_decode(len(sequences)))
-        for row, sequence in enumerate(sequences):
-            batch.tokens[row] = sequence.token_ids[-1]
-            batch.positions[row] = len(sequence.prompt_ids) + len(sequence.token_ids) - 1
-            batch.slots[row] = sequence.slot
-            batch.tables[row, : len(sequence.pages)] = sequence.pages
-        batch.valid[: len(sequences)] = True
-        output = self._executor.step(batch)
+        rows = [
+            DecodeRow(
+                token=sequence.token_ids[-1],
+                position=len(sequence.prompt_ids) + len(sequence.token_ids) - 1,
+                slot=sequence.slot,
+                pages=sequence.pages,
+            )
+            for sequence in sequences
+        ]
+        size = self.plan.buckets.for_decode(len(rows))
+        output = self._executor.step(
+            decode_batch(rows, self.plan.layout, size=size, num_slots=self._executor.num_slots)
+        )
         sampled = jax.device_get(output.sampled)
         for row, sequence in enumerate(sequences):
             if sequence.params.return_routed_experts:
@@ -286,7 +289,7 @@ class Engine:
         self._scheduler.release(sequence)
         self._requests.pop(sequence, None)
 
-    def _sampler_row(self, sequence: Running):
+    def _sampler_row(self, sequence: Running) -> SamplerState:
         return sampler_row(
             sequence.params,
             self.config.vocab_size,

@@ -77,9 +77,7 @@ class RequestMetrics:
         if min(self.queue_s, self.prompt_s, self.decode_s) < 0:
             raise ValueError(f"times must not be negative, got {self}")
         if not 0 <= self.num_cached_tokens <= self.num_prompt_tokens:
-            raise ValueError(
-                f"{self.num_cached_tokens} cached tokens of {self.num_prompt_tokens} prompt tokens"
-            )
+            raise ValueError(f"{self.num_cached_tokens} cached tokens of {self.num_prompt_tokens} prompt tokens")
 
     @property
     def time_to_first_token_s(self) -> float:

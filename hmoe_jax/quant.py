@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from hmoe_jax.config import FP8_BLOCK
@@ -22,7 +23,7 @@ def num_blocks(size: int) -> int:
 
 
 def dequantize(
-    data: Float[Array, "*e rows cols"], scale: Float32[Array, "*e row_blocks col_blocks"], dtype: jnp.dtype
+    data: Float[Array, "*e rows cols"], scale: Float32[Array, "*e row_blocks col_blocks"], dtype: DTypeLike
 ) -> Float[Array, "*e rows cols"]:
     """The weights as `dtype`: the product is formed in FP32, so the one rounding is that to `dtype`."""
     rows, cols = data.shape[-2:]
@@ -33,7 +34,8 @@ def dequantize(
 def quantize(weight: Float32[np.ndarray, "rows cols"]) -> tuple[np.ndarray, np.ndarray]:
     """The nearest block-FP8 matrix: `(e4m3 [rows, cols], scale [ceil(rows/128), ceil(cols/128)] f32)`.
 
-    Each block's largest magnitude becomes 448; a block of zeros gets scale 1. Raises `ValueError` for non-finite weights.
+    Each block's largest magnitude becomes 448; a block of zeros gets scale 1. Raises `ValueError` for non-finite
+    weights.
     """
     if not np.isfinite(weight).all():
         raise ValueError("cannot quantise non-finite weights")

@@ -48,7 +48,13 @@ class Sequence:
         rules: StopRules,
         tokenizer: Tokenizer | None,
     ):
-        self.prompt_ids, self.params, self.index, self.seed, self.rules = prompt_ids, params, index, seed, rules
+        self.prompt_ids, self.params, self.index, self.seed, self.rules = (
+            prompt_ids,
+            params,
+            index,
+            seed,
+            rules,
+        )
         self.token_ids: list[int] = []
         self.text = ""
         self.finish_reason: FinishReason | None = None

@@ -14,31 +14,32 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
+from hmoe_jax.core import AnyArray, record
 from hmoe_jax.sampling_params import MAX_LOGPROBS, SamplingParams
 
 
-@jax.tree_util.register_dataclass
+@record
 @dataclass(frozen=True)
 class SamplerState:
-    """One row per sequence, and a last one for padding. Counts are of generated tokens."""
+    """One row per sequence, and a last one for padding (or one row alone). Counts are of generated tokens."""
 
-    temperature: Float32[Array, " s"]
-    top_p: Float32[Array, " s"]
-    min_p: Float32[Array, " s"]
-    top_k: Int32[Array, " s"]
-    presence: Float32[Array, " s"]
-    frequency: Float32[Array, " s"]
-    repetition: Float32[Array, " s"]
-    min_tokens: Int32[Array, " s"]
-    drawn: Int32[Array, " s"]
-    seed: UInt32[Array, "s 2"]
-    counts: Int32[Array, "s v"]
-    in_prompt: Bool[Array, "s v"]
-    bias: Float32[Array, "s v"]
-    is_stop: Bool[Array, "s v"]
+    temperature: Float32[AnyArray, " *s"]
+    top_p: Float32[AnyArray, " *s"]
+    min_p: Float32[AnyArray, " *s"]
+    top_k: Int32[AnyArray, " *s"]
+    presence: Float32[AnyArray, " *s"]
+    frequency: Float32[AnyArray, " *s"]
+    repetition: Float32[AnyArray, " *s"]
+    min_tokens: Int32[AnyArray, " *s"]
+    drawn: Int32[AnyArray, " *s"]
+    seed: UInt32[AnyArray, "*s 2"]
+    counts: Int32[AnyArray, "*s v"]
+    in_prompt: Bool[AnyArray, "*s v"]
+    bias: Float32[AnyArray, "*s v"]
+    is_stop: Bool[AnyArray, "*s v"]
 
 
-@jax.tree_util.register_dataclass
+@record
 @dataclass(frozen=True)
 class Sampled:
     """The drawn tokens, and the log-probabilities of the model itself (before penalties and temperature).
@@ -46,11 +47,11 @@ class Sampled:
     `rank` 1 is the most probable token. `top_ids` and `top_logprobs` are best first.
     """
 
-    tokens: Int32[Array, " b"]
-    logprob: Float32[Array, " b"]
-    rank: Int32[Array, " b"]
-    top_ids: Int32[Array, "b n"]
-    top_logprobs: Float32[Array, "b n"]
+    tokens: Int32[AnyArray, " b"]
+    logprob: Float32[AnyArray, " b"]
+    rank: Int32[AnyArray, " b"]
+    top_ids: Int32[AnyArray, "b n"]
+    top_logprobs: Float32[AnyArray, "b n"]
 
 
 def empty_state(num_rows: int, vocab_size: int) -> SamplerState:
@@ -78,15 +79,15 @@ def sampler_row(
     for token, value in (params.logit_bias or {}).items():
         bias[token] = value
     return SamplerState(
-        temperature=np.float32(0.0 if params.is_greedy else params.temperature),
-        top_p=np.float32(params.top_p),
-        min_p=np.float32(params.min_p),
-        top_k=np.int32(params.top_k or vocab_size),
-        presence=np.float32(params.presence_penalty),
-        frequency=np.float32(params.frequency_penalty),
-        repetition=np.float32(params.repetition_penalty),
-        min_tokens=np.int32(params.min_tokens),
-        drawn=np.int32(0),
+        temperature=np.array(0.0 if params.is_greedy else params.temperature, np.float32),
+        top_p=np.array(params.top_p, np.float32),
+        min_p=np.array(params.min_p, np.float32),
+        top_k=np.array(params.top_k or vocab_size, np.int32),
+        presence=np.array(params.presence_penalty, np.float32),
+        frequency=np.array(params.frequency_penalty, np.float32),
+        repetition=np.array(params.repetition_penalty, np.float32),
+        min_tokens=np.array(params.min_tokens, np.int32),
+        drawn=np.array(0, np.int32),
         seed=np.array([(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32),
         counts=np.zeros(vocab_size, np.int32),
         in_prompt=mask(prompt_ids),
@@ -102,7 +103,7 @@ def set_row(state: SamplerState, slot: Int32[Array, ""], row: SamplerState) -> S
 def sample(
     state: SamplerState, slots: Int32[Array, " b"], logits: Float32[Array, "b v"], advance: Bool[Array, " b"]
 ) -> tuple[Sampled, SamplerState]:
-    """Draws a token for each of the `slots`; rows that do not `advance` (padding, unfinished prompts) stay as they are."""
+    """Draws a token for each of the `slots`; rows that do not `advance` (padding, unfinished prompts) stay."""
     with jax.named_scope("sample"):
         rows = jax.tree.map(lambda value: value[slots], state)
         adjusted = lax.cond(_is_adjusted(rows), _adjust, lambda rows, logits: logits, rows, logits)
@@ -111,8 +112,7 @@ def sample(
         counts, drawn = state.counts.at[slots, tokens].add(step), state.drawn.at[slots].add(step)
         # `rows` may not be used from here on: with donated buffers the update is in place.
         new_state = SamplerState(
-            **{field.name: getattr(state, field.name) for field in fields(state)}
-            | {"counts": counts, "drawn": drawn}
+            **{field.name: getattr(state, field.name) for field in fields(state)} | {"counts": counts, "drawn": drawn}
         )
         return report(logits, tokens), new_state
 

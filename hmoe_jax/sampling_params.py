@@ -28,9 +28,7 @@ class Range:
         return above and value <= min(self.high, sys.float_info.max)
 
     def __str__(self) -> str:
-        return (
-            f"{'(' if self.open_low else '['}{self.low}, {self.high}{')' if math.isinf(self.high) else ']'}"
-        )
+        return f"{'(' if self.open_low else '['}{self.low}, {self.high}{')' if math.isinf(self.high) else ']'}"
 
 
 FLOATS = {
@@ -110,9 +108,7 @@ class SamplingParams:
 
     def _check_together(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}"
-            )
+            raise ValueError(f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}")
         if self.is_greedy and self.n > 1:
             raise ValueError(
                 f"n must be 1 with temperature={self.temperature} (greedy: all would be equal), got {self.n}"
@@ -160,11 +156,7 @@ def _bool(name: str, value: object) -> bool:
 
 
 def _stop(value: object) -> tuple[str, ...]:
-    stops = (
-        (value,)
-        if isinstance(value, str)
-        else _items("stop", value, "a string, a sequence of strings or None")
-    )
+    stops = (value,) if isinstance(value, str) else _items("stop", value, "a string, a sequence of strings or None")
     for stop in stops:
         if not isinstance(stop, str) or not stop:
             raise ValueError(f"stop must hold non-empty strings, got {stop!r}")

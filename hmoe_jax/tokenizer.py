@@ -61,8 +61,12 @@ class Tokenizer:
         """Token ids of `text`; may be empty. Special tokens written out in `text` become their single ids.
 
         BOS is never added before a text that already starts with it, as one rendered by a chat template does.
+        Raises `ValueError` for lone surrogates, which JSON can carry.
         """
-        ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:  # "must be str", which it is
+            raise ValueError("text must be Unicode that UTF-8 can write: no lone surrogates") from error
         if not add_special_tokens:
             return ids
         if self._backend_adds_bos and ids[:2] == [self.bos_id, self.bos_id]:
@@ -125,9 +129,7 @@ def _special_id(backend: tokenizers.Tokenizer, folder: Path, role: str) -> int |
     text = special_tokens(folder).get(role)
     token_id = None if text is None else backend.token_to_id(text)
     if text is not None and token_id is None:
-        raise ConfigError(
-            f"{folder}: {role} {text!r} of the tokenizer's config is not a token of tokenizer.json"
-        )
+        raise ConfigError(f"{folder}: {role} {text!r} of the tokenizer's config is not a token of tokenizer.json")
     return token_id
 
 

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags, logging
@@ -20,9 +19,7 @@ from hmoe_jax.config import parse_config
 
 _BOOKS = flags.DEFINE_string("books", None, "Folder of *.txt.gz books to train on.", required=True)
 _OUT = flags.DEFINE_string("out", "models/embedded", "Where the FP8 model goes.")
-_OUT_BF16 = flags.DEFINE_string(
-    "out_bf16", "out/embedded-bf16", "Where the same model in BF16 goes (not committed)."
-)
+_OUT_BF16 = flags.DEFINE_string("out_bf16", "out/embedded-bf16", "Where the same model in BF16 goes (not committed).")
 _MINUTES = flags.DEFINE_float(
     "minutes", 60.0, "How long to train; the learning rate reaches zero at the end.", lower_bound=0.05
 )
@@ -116,9 +113,7 @@ def _train(stream: np.ndarray, held_out: np.ndarray, rng: np.random.Generator) -
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, windows, rate):
-        (nats, load), grads = jax.value_and_grad(lambda p: model.loss(config, *p, windows), has_aux=True)(
-            params
-        )
+        (nats, load), grads = jax.value_and_grad(lambda p: model.loss(config, *p, windows), has_aux=True)(params)
         updates, state = optimizer.update(grads, state, params)
         weights, experts = optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates))
         return (model.balance(weights, load), experts), state, nats, load
@@ -126,9 +121,7 @@ def _train(stream: np.ndarray, held_out: np.ndarray, rng: np.random.Generator) -
     state, begin, recent, loads = optimizer.init(params), time.monotonic(), [], []
     seconds, steps = _MINUTES.value * 60, 0
     while (progress := (time.monotonic() - begin) / seconds) < 1:
-        windows = text.random_windows(
-            stream, rng, batch=_BATCH.value, length=_LENGTH.value, bos=FIELDS["bos_token_id"]
-        )
+        windows = text.random_windows(stream, rng, batch=_BATCH.value, length=_LENGTH.value, bos=FIELDS["bos_token_id"])
         rate = model.learning_rate(progress, peak=_PEAK_LR.value)
         params, state, nats, load = step(params, state, windows, rate)
         recent, loads, steps = [*recent[-99:], float(nats)], [*loads[-99:], np.asarray(load)], steps + 1

@@ -1,4 +1,4 @@
-"""The DeepSeek-V3 family (V3, V3.1, R1, Kimi-K2): mathematics. Where the weights come from is `deepseek_v3_checkpoint`.
+"""The mathematics of the DeepSeek-V3 family (V3, V3.1, R1, Kimi-K2). For its files see `deepseek_v3_checkpoint`.
 
 A layer has a seam: `front` ends at the routed experts' input, `back` begins at their output. Who computes the experts
 in between, and where their weights are, is the executor's business. Sources: arXiv 2412.19437 and the reference code
@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from hmoe_jax import quant
 from hmoe_jax.config import ModelConfig
+from hmoe_jax.core import record
 from hmoe_jax.nn.attention import Queries, UpProjections
 from hmoe_jax.nn.linear import Projection, linear
 from hmoe_jax.nn.norm import rms_norm
@@ -30,14 +32,14 @@ LATENT_NORM_EPS = 1e-6
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Attention:
-    """`q_a`, `q_a_norm` are None without `q_lora_rank`. `kv_b` is a `Projection` as stored, `UpProjections` once prepared."""
+    """`q_a` and its norm are None without `q_lora_rank`. `kv_b` is a `Projection` as stored, later `UpProjections`."""
 
     q_a: Projection | None
     q_a_norm: Any
     q_b: Projection
     kv_a: Projection
     kv_a_norm: Any
-    kv_b: Projection | UpProjections
+    kv_b: Any
     o: Projection
 
 
@@ -62,10 +64,12 @@ class Moe:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Layer:
+    """`mlp` is an `Mlp` in the first, dense layers and a `Moe` in the others."""
+
     attention_norm: Any
     attention: Attention
     mlp_norm: Any
-    mlp: Mlp | Moe
+    mlp: Any
 
 
 @jax.tree_util.register_dataclass
@@ -76,10 +80,10 @@ class Weights:
     embed: Any
     layers: tuple[Layer, ...]
     norm: Any
-    head: Projection | None
+    head: Any
 
 
-@jax.tree_util.register_dataclass
+@record
 @dataclass(frozen=True)
 class Seam:
     """What crosses from `front` to the experts and to `back`; `ids` are -1 for tokens that are only padding."""
@@ -92,18 +96,10 @@ class Seam:
 
 Cache = TypeVar("Cache")
 
+Attend = Callable[[Cache, Queries, UpProjections, Float[Array, "t w"]], tuple[Float[Array, "t h v"], Cache]]
+"""(cache of a layer, queries, up-projections, new latents) -> attention's output, and the cache with the latents."""
 
-class Attend(Protocol):
-    """Stores the new tokens' latents in a layer's cache and attends over it."""
-
-    def __call__(
-        self, cache: Cache, queries: Queries, up: UpProjections, latents: Float[Array, "t w"]
-    ) -> tuple[Float[Array, "t h v"], Cache]: ...
-
-
-RoutedExperts = Callable[
-    [int, Float[Array, "t d"], Int32[Array, "t k"], Float32[Array, "t k"]], Float32[Array, "t d"]
-]
+RoutedExperts = Callable[[int, Float[Array, "t d"], Int32[Array, "t k"], Float32[Array, "t k"]], Float32[Array, "t d"]]
 """(index among the MoE layers, hidden, ids, weights) -> the weighted sum of the chosen experts' outputs."""
 
 
@@ -121,19 +117,19 @@ def forward(
     weights: Weights,
     tokens: Tokens,
     caches: tuple[Cache, ...],
-    attend: Attend,
+    attend: Attend[Cache],
     experts: RoutedExperts,
 ) -> tuple[Float[Array, "t d"], tuple[Cache, ...], Int32[Array, "m t k"]]:
     """One pass over all layers: (final normed hidden, one cache per layer, expert ids of each MoE layer)."""
     with jax.named_scope("embed"):
         x = weights.embed[tokens.ids]
     new_caches, routes = [], []
-    for index, (layer, cache) in enumerate(zip(weights.layers, caches, strict=True)):
+    for index, (layer, old_cache) in enumerate(zip(weights.layers, caches, strict=True)):
         with jax.named_scope(f"layer{index}"):
             if isinstance(layer.mlp, Mlp):
-                x, cache = dense_layer(config, layer, x, tokens, cache, attend)
+                x, cache = dense_layer(config, layer, x, tokens, old_cache, attend)
             else:
-                seam, cache = front(config, layer, x, tokens, cache, attend)
+                seam, cache = front(config, layer, x, tokens, old_cache, attend)
                 with jax.named_scope("experts"):
                     routed = experts(index - config.num_dense_layers, seam.hidden, seam.ids, seam.weights)
                 x = back(seam, shared_experts(layer, seam.hidden), routed)
@@ -148,7 +144,7 @@ def forward(
 
 
 def front(
-    config: ModelConfig, layer: Layer, x: Float[Array, "t d"], tokens: Tokens, cache: Cache, attend: Attend
+    config: ModelConfig, layer: Layer, x: Float[Array, "t d"], tokens: Tokens, cache: Cache, attend: Attend[Cache]
 ) -> tuple[Seam, Cache]:
     """Attention and routing of an MoE layer."""
     residual, cache = _attention_block(config, layer, x, tokens, cache, attend)
@@ -169,7 +165,7 @@ def back(seam: Seam, shared: Float32[Array, "t d"], routed: Float32[Array, "t d"
 
 
 def dense_layer(
-    config: ModelConfig, layer: Layer, x: Float[Array, "t d"], tokens: Tokens, cache: Cache, attend: Attend
+    config: ModelConfig, layer: Layer, x: Float[Array, "t d"], tokens: Tokens, cache: Cache, attend: Attend[Cache]
 ) -> tuple[Float[Array, "t d"], Cache]:
     residual, cache = _attention_block(config, layer, x, tokens, cache, attend)
     with jax.named_scope("mlp"):
@@ -187,29 +183,27 @@ def logits(weights: Weights, hidden: Float[Array, "t d"]) -> Float32[Array, "t v
         return linear(hidden, weights.head)
 
 
-def prepare(config: ModelConfig, weights: Weights, *, dtype: jnp.dtype) -> Weights:
+def prepare(config: ModelConfig, weights: Weights, *, dtype: DTypeLike) -> Weights:
     """The loaded tree as `forward` wants it: a tied head filled in, `kv_b` split by heads.
 
     The absorbed form multiplies by `kv_b` from the other side, where its FP8 blocks do not lie along the sum: it is
     the one projection that is dequantised to `dtype` (as the reference implementation does).
     """
     layers = tuple(
-        replace(
-            layer, attention=replace(layer.attention, kv_b=_split_kv_b(config, layer.attention.kv_b, dtype))
-        )
+        replace(layer, attention=replace(layer.attention, kv_b=_split_kv_b(config, layer.attention.kv_b, dtype)))
         for layer in weights.layers
     )
     return replace(weights, layers=layers, head=weights.head or Projection(weights.embed))
 
 
-def _split_kv_b(config: ModelConfig, kv_b: Projection, dtype: jnp.dtype) -> UpProjections:
+def _split_kv_b(config: ModelConfig, kv_b: Projection, dtype: DTypeLike) -> UpProjections:
     weight = kv_b.weight if kv_b.scale is None else quant.dequantize(kv_b.weight, kv_b.scale, dtype)
     by_head = weight.reshape(config.num_heads, config.nope_dim + config.v_dim, config.kv_rank)
     return UpProjections(key=by_head[:, : config.nope_dim], value=by_head[:, config.nope_dim :])
 
 
 def _attention_block(
-    config: ModelConfig, layer: Layer, x: Float[Array, "t d"], tokens: Tokens, cache: Cache, attend: Attend
+    config: ModelConfig, layer: Layer, x: Float[Array, "t d"], tokens: Tokens, cache: Cache, attend: Attend[Cache]
 ) -> tuple[Float[Array, "t d"], Cache]:
     with jax.named_scope("attention"):
         weights = layer.attention

@@ -79,9 +79,7 @@ def _layer(config: ModelConfig, index: int) -> Layer:
         attention_norm=_plain(f"{prefix}.input_layernorm.weight", config.hidden_size),
         attention=_attention(config, f"{prefix}.self_attn"),
         mlp_norm=_plain(f"{prefix}.post_attention_layernorm.weight", config.hidden_size),
-        mlp=_moe(config, f"{prefix}.mlp")
-        if config.is_moe(index)
-        else _mlp(config, f"{prefix}.mlp", config.dense_ffn),
+        mlp=_moe(config, f"{prefix}.mlp") if config.is_moe(index) else _mlp(config, f"{prefix}.mlp", config.dense_ffn),
     )
 
 

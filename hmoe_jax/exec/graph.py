@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from hmoe_jax.architectures.deepseek_v3 import RoutedExperts
 from hmoe_jax.architectures.deepseek_v3_checkpoint import MATRICES, describe_experts
@@ -21,7 +21,7 @@ from hmoe_jax.kernels.moe_experts_reference import ExpertArrays, ExpertMatrices,
 
 
 def load_experts(
-    config: ModelConfig, checkpoint: Checkpoint, *, dtype: jnp.dtype, advance: Callable[[int], None]
+    config: ModelConfig, checkpoint: Checkpoint, *, dtype: DTypeLike, advance: Callable[[int], None]
 ) -> ExpertBackend:
     """Copies all experts to the default device; those stored without scales become `dtype`."""
     stacks: dict[tuple[int, str], list[tuple[np.ndarray, np.ndarray | None]]] = {}
@@ -37,7 +37,7 @@ def load_experts(
     return ExpertBackend(name="graph", operand=operand, bind=_bind, stats=None, close=lambda: None)
 
 
-def _stack(experts: list[tuple[np.ndarray, np.ndarray | None]], dtype: jnp.dtype) -> ExpertMatrices:
+def _stack(experts: list[tuple[np.ndarray, np.ndarray | None]], dtype: DTypeLike) -> ExpertMatrices:
     weights, scales = zip(*experts, strict=True)
     weight = jax.device_put(np.stack(weights))
     if scales[0] is None:

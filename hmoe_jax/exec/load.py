@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.typing import DTypeLike
 
 from hmoe_jax.architectures.deepseek_v3 import Moe, Weights, prepare
 from hmoe_jax.architectures.deepseek_v3_checkpoint import describe, expected_tensors, is_ignored
@@ -29,7 +31,7 @@ def load_weights(
     config: ModelConfig,
     checkpoint: Checkpoint,
     *,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     pool: int | None,
     advance: Callable[[int], None],
 ) -> Weights:
@@ -56,15 +58,18 @@ def read_scales(checkpoint: Checkpoint, name: str) -> np.ndarray:
     return scales
 
 
-def _cast(weights: Weights, dtype: jnp.dtype) -> Weights:
+def _cast(weights: Weights, dtype: DTypeLike) -> Weights:
     def is_special(node: object) -> bool:
         return isinstance(node, Moe | Projection)
 
-    def cast(node):
+    def cast(node: Any) -> Any:
         if isinstance(node, Projection):
             return node if node.scale is not None else replace(node, weight=node.weight.astype(dtype))
         if isinstance(node, Moe):
-            wide = {"router": node.router.astype(jnp.float32), "router_bias": node.router_bias.astype(jnp.float32)}
+            wide = {
+                "router": node.router.astype(jnp.float32),
+                "router_bias": node.router_bias.astype(jnp.float32),
+            }
             return replace(node, shared=jax.tree.map(cast, node.shared, is_leaf=is_special), **wide)
         return node.astype(dtype)
 

@@ -176,16 +176,16 @@ def _layout(
 
 
 def _buckets(options: EngineOptions, layout: CacheLayout) -> Buckets:
-    """Prefill: 32, 128, 512... up to the limit, so that padding costs at most 4x. Decode: powers of two."""
+    """32, 128, 512... tokens and 1, 4, 16... sequences up to the limits: padding against programs to compile."""
     limit = min(options.max_prefill_tokens, layout.max_len)
-    prefill = _geometric(SMALLEST_PREFILL, limit, 4)
-    decode = _geometric(1, options.max_num_seqs, 2)
+    prefill = _geometric(SMALLEST_PREFILL, limit)
+    decode = _geometric(1, options.max_num_seqs)
     return Buckets(prefill=prefill, decode=decode, scored=prefill[min(1, len(prefill) - 1)])
 
 
-def _geometric(first: int, limit: int, factor: int) -> tuple[int, ...]:
+def _geometric(first: int, limit: int) -> tuple[int, ...]:
     sizes = []
     while first < limit:
         sizes.append(first)
-        first *= factor
+        first *= 4
     return (*sizes, limit)

@@ -6,46 +6,19 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from hmoe_jax.architectures import deepseek_v3
 from hmoe_jax.architectures.deepseek_v3 import RoutedExperts, Tokens, Weights
 from hmoe_jax.config import ModelConfig
+from hmoe_jax.core import record
+from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch
 from hmoe_jax.kv.pages import CacheLayout, read_chunk, write_latents
 from hmoe_jax.nn.attention import Context, Queries, UpProjections, attend_absorbed, attend_decompressed
 from hmoe_jax.sampling import Sampled, SamplerState, report, sample
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class PrefillBatch:
-    """Tokens `start .. start + length - 1` of one prompt, padded to t. `targets` are the tokens after each of them.
-
-    `is_last` says that the prompt ends here: only then is the sampled token real, and the sampler's row moved on.
-    """
-
-    tokens: Int32[Array, " t"]
-    targets: Int32[Array, " t"]
-    start: Int32[Array, ""]
-    length: Int32[Array, ""]
-    is_last: Bool[Array, ""]
-    slot: Int32[Array, ""]
-    table: Int32[Array, " p"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class DecodeBatch:
-    """One token of each of b sequences. Padding has `valid` False and an empty table."""
-
-    tokens: Int32[Array, " b"]
-    positions: Int32[Array, " b"]
-    valid: Bool[Array, " b"]
-    slots: Int32[Array, " b"]
-    tables: Int32[Array, "b p"]
-
-
-@jax.tree_util.register_dataclass
+@record
 @dataclass(frozen=True)
 class DeviceState:
     """What a step changes, all of it donated: one cache per layer, and the sampler's rows."""
@@ -54,14 +27,18 @@ class DeviceState:
     sampler: SamplerState
 
 
-@jax.tree_util.register_dataclass
+@record
 @dataclass(frozen=True)
 class StepOutput:
-    """`routes` are expert ids per MoE layer and token, -1 for padding. `prompt` scores the batch's `targets`, if asked."""
+    """`routes` are expert ids per MoE layer and token, -1 for padding. `prompt` scores the `targets`, if asked."""
 
     sampled: Sampled
     routes: Int32[Array, "m t k"]
     prompt: Sampled | None = None
+
+
+Forward = tuple[Float[Array, "t w"], tuple[Array, ...], Int32[Array, "m t k"]]
+"""(hidden states or logits, caches, routes)"""
 
 
 @dataclass(frozen=True)
@@ -84,9 +61,7 @@ def prefill(model: StepModel, state: DeviceState, batch: PrefillBatch) -> tuple[
     return StepOutput(sampled, routes), DeviceState(caches, sampler)
 
 
-def prefill_scored(
-    model: StepModel, state: DeviceState, batch: PrefillBatch
-) -> tuple[StepOutput, DeviceState]:
+def prefill_scored(model: StepModel, state: DeviceState, batch: PrefillBatch) -> tuple[StepOutput, DeviceState]:
     """The same, with log-probabilities of the targets: the head runs on every token, not on one."""
     hidden, caches, routes = _prefill_hidden(model, state, batch)
     logits = deepseek_v3.logits(model.weights, hidden)
@@ -118,14 +93,14 @@ def decode_logits(
     return logits, DeviceState(caches, state.sampler)
 
 
-def _prefill_hidden(model: StepModel, state: DeviceState, batch: PrefillBatch):
+def _prefill_hidden(model: StepModel, state: DeviceState, batch: PrefillBatch) -> Forward:
     offsets = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32)
     # Padding keeps the last real position, so that it adds no chunk to the loop over the context.
     positions = batch.start + jnp.minimum(offsets, batch.length - 1)
     tokens = Tokens(ids=batch.tokens, positions=positions, valid=offsets < batch.length)
     tables = jnp.broadcast_to(batch.table, (offsets.shape[0], batch.table.shape[0]))
 
-    def attend(cache: Array, queries: Queries, up: UpProjections, latents: Array):
+    def attend(cache: Array, queries: Queries, up: UpProjections, latents: Array) -> tuple[Array, Array]:
         cache = write_latents(cache, tables, positions, tokens.valid, latents)
         context = _context(model.layout, cache, batch.table, positions)
         return attend_decompressed(queries, up, context, scale=model.config.softmax_scale), cache
@@ -133,10 +108,10 @@ def _prefill_hidden(model: StepModel, state: DeviceState, batch: PrefillBatch):
     return deepseek_v3.forward(model.config, model.weights, tokens, state.caches, attend, model.experts)
 
 
-def _decode_logits(model: StepModel, state: DeviceState, batch: DecodeBatch):
+def _decode_logits(model: StepModel, state: DeviceState, batch: DecodeBatch) -> Forward:
     tokens = Tokens(ids=batch.tokens, positions=batch.positions, valid=batch.valid)
 
-    def attend(cache: Array, queries: Queries, up: UpProjections, latents: Array):
+    def attend(cache: Array, queries: Queries, up: UpProjections, latents: Array) -> tuple[Array, Array]:
         cache = write_latents(cache, batch.tables, batch.positions, batch.valid, latents)
         context = _context(model.layout, cache, batch.tables, batch.positions)
         return attend_absorbed(queries, up, context, scale=model.config.softmax_scale), cache
@@ -147,9 +122,7 @@ def _decode_logits(model: StepModel, state: DeviceState, batch: DecodeBatch):
     return deepseek_v3.logits(model.weights, hidden), caches, routes
 
 
-def _context(
-    layout: CacheLayout, cache: Array, tables: Int32[Array, "*b p"], positions: Int32[Array, " t"]
-) -> Context:
+def _context(layout: CacheLayout, cache: Array, tables: Int32[Array, "*b p"], positions: Int32[Array, " t"]) -> Context:
     return Context(
         chunk=lambda index: read_chunk(cache, tables, index, chunk_pages=layout.chunk_pages),
         chunk_len=layout.chunk_len,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 SCRATCH_PAGE = 0
@@ -26,7 +27,7 @@ class CacheLayout:
     max_len: int
 
     def __post_init__(self) -> None:
-        if self.num_pages < 2:  # noqa: PLR2004 - the scratch page and one that can be used
+        if self.num_pages < 2:
             raise ValueError(f"num_pages must be at least 2, got {self.num_pages}")
 
     @property
@@ -41,7 +42,7 @@ class CacheLayout:
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
-    def allocate(self, dtype: jnp.dtype) -> tuple[Float[Array, "pages slots w"], ...]:
+    def allocate(self, dtype: DTypeLike) -> tuple[Float[Array, "pages slots w"], ...]:
         """One zeroed array per layer."""
         shape = (self.num_pages, self.page_size, self.latent_dim)
         return tuple(jnp.zeros(shape, dtype) for _ in range(self.num_layers))
@@ -85,9 +86,7 @@ def write_latents(
     """The cache with token i's latents at `positions[i]` of the sequence whose table is `tables[i]`."""
     page_size = cache.shape[1]
     pages = jnp.take_along_axis(tables, positions[:, None] // page_size, axis=1)[:, 0]
-    return cache.at[jnp.where(valid, pages, SCRATCH_PAGE), positions % page_size].set(
-        latents.astype(cache.dtype)
-    )
+    return cache.at[jnp.where(valid, pages, SCRATCH_PAGE), positions % page_size].set(latents.astype(cache.dtype))
 
 
 def read_chunk(

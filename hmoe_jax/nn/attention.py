@@ -1,7 +1,7 @@
 """Multi-head latent attention over a cache of latents, in its two forms.
 
-A token leaves `latent = [normed kv latent (r), rotated key part (p)]` in the cache. *Decompressed* attention expands the
-latents into keys and values of every head: fewer multiplications when many queries meet the same context (prefill).
+A token leaves `latent = [normed kv latent (r), rotated key part (p)]` in the cache. *Decompressed* attention expands
+the latents into keys and values of every head: fewer multiplications when many queries meet the same context (prefill).
 *Absorbed* attention moves the expansion into the query and the output, so that a decode step reads 576 values per token
 instead of 40,960 (arXiv 2405.04434, section 2.1). Both walk the context in chunks with an online softmax (arXiv
 2205.14135), so memory does not grow with its length, and one program serves every length.
@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from hmoe_jax.core import record
 from hmoe_jax.nn.einsum import einsum_f32
 
 
@@ -25,11 +27,11 @@ from hmoe_jax.nn.einsum import einsum_f32
 class UpProjections:
     """How latents become keys and values: `key [h, n, r]`, `value [h, v, r]`."""
 
-    key: Float[Array, "h n r"]
-    value: Float[Array, "h v r"]
+    key: Any
+    value: Any
 
 
-@jax.tree_util.register_dataclass
+@record
 @dataclass(frozen=True)
 class Queries:
     """`nope [t, h, n]` meets the expanded latents, `rope [t, h, p]` (rotated) the shared key part."""
@@ -42,8 +44,8 @@ class Queries:
 class Context:
     """The cached latents that queries may look at.
 
-    `chunk(i)` is chunk i: `[s, r+p]` shared by all queries, or `[t, s, r+p]` with a sequence of its own for each. Slot j
-    of chunk i is position `i*s + j`; a query sees the slots up to its own position, itself included. Only the first
+    `chunk(i)` is chunk i: `[s, r+p]` shared by all queries, or `[t, s, r+p]` with a sequence of its own for each. Slot
+    j of chunk i is position `i*s + j`; a query sees the slots up to its own position, itself included. Only the first
     `num_chunks` (a traced scalar) are read.
     """
 
@@ -53,13 +55,17 @@ class Context:
     positions: Int32[Array, " t"]
 
 
+ScoresAndMix = tuple[Float[Array, "t h s"], Callable[[Array], Array]]
+"""Unscaled scores of a chunk, and what turns their softmax into a mixture of values."""
+
+
 def attend_decompressed(
     queries: Queries, up: UpProjections, context: Context, *, scale: float
 ) -> Float[Array, "t h v"]:
     """Attention of all `t` tokens of one sequence. Scores and sums in FP32; the result has the queries' dtype."""
     rank = up.key.shape[-1]
 
-    def scores_and_values(latents: Float[Array, "s w"]):
+    def scores_and_values(latents: Float[Array, "s w"]) -> ScoresAndMix:
         c, k_pe = latents[:, :rank], latents[:, rank:]
         k = einsum_f32("sr,hnr->shn", c, up.key).astype(c.dtype)
         v = einsum_f32("sr,hvr->shv", c, up.value).astype(c.dtype)
@@ -69,15 +75,13 @@ def attend_decompressed(
     return _online_softmax(scores_and_values, queries, context, width=up.value.shape[1], scale=scale)
 
 
-def attend_absorbed(
-    queries: Queries, up: UpProjections, context: Context, *, scale: float
-) -> Float[Array, "t h v"]:
+def attend_absorbed(queries: Queries, up: UpProjections, context: Context, *, scale: float) -> Float[Array, "t h v"]:
     """Attention of `t` sequences with one new token each. Dtypes as for `attend_decompressed`."""
     rank = up.key.shape[-1]
     absorbed = einsum_f32("thn,hnr->thr", queries.nope, up.key).astype(queries.nope.dtype)
     query = jnp.concatenate([absorbed, queries.rope], axis=-1)
 
-    def scores_and_values(latents: Float[Array, "t s w"]):
+    def scores_and_values(latents: Float[Array, "t s w"]) -> ScoresAndMix:
         scores = einsum_f32("thw,tsw->ths", query, latents)
         return scores, lambda p: einsum_f32("ths,tsr->thr", p, latents[..., :rank])
 
@@ -85,11 +89,13 @@ def attend_absorbed(
     return einsum_f32("thr,hvr->thv", mixed, up.value).astype(mixed.dtype)
 
 
-def _online_softmax(scores_and_values, queries: Queries, context: Context, *, width: int, scale: float):
+def _online_softmax(
+    scores_and_values: Callable[[Array], ScoresAndMix], queries: Queries, context: Context, *, width: int, scale: float
+) -> Float[Array, "t h w"]:
     num_tokens, num_heads = queries.nope.shape[:2]
     dtype = queries.nope.dtype
 
-    def step(i, state):
+    def step(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         best, total, mixed = state
         scores, mix = scores_and_values(context.chunk(i))
         slots = i * context.chunk_len + jnp.arange(context.chunk_len)

@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 
-def einsum_f32(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float32[Array, "..."]:
+def einsum_f32(spec: str, a: Float[Array, ...], b: Float[Array, ...]) -> Float32[Array, ...]:
     """`jnp.einsum` of two operands, accumulated and returned in FP32.
 
     XLA:CPU has no batched BF16 product with an FP32 result: there the operands are widened first, which is exact.

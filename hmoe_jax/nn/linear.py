@@ -46,4 +46,5 @@ def _linear_xla(x: Float[Array, "t i"], projection: Projection) -> Float32[Array
 
 
 def _linear_native(x: Float[Array, "t i"], projection: Projection) -> Float32[Array, "t o"]:
+    assert projection.pool is not None
     return native_linear(x, projection.weight, projection.scale, pool=projection.pool)

@@ -23,9 +23,7 @@ class Facts:
 
 
 def write(folder: Path, facts: Facts) -> None:
-    (folder / "README.md").write_text(
-        _TEXT.format(rows=_load_rows(facts.load), **vars(facts)), encoding="utf-8"
-    )
+    (folder / "README.md").write_text(_TEXT.format(rows=_load_rows(facts.load), **vars(facts)), encoding="utf-8")
 
 
 def _load_rows(load: np.ndarray) -> str:
@@ -36,9 +34,9 @@ def _load_rows(load: np.ndarray) -> str:
 _TEXT = """\
 # The embedded model
 
-A small Mixture-of-Experts model of the DeepSeek-V3 architecture, trained from scratch by `scripts/train_embedded.py`, so
-that the engine has something real to run on any machine. It continues English prose of the nineteenth century; it knows
-nothing and follows no instructions.
+A small Mixture-of-Experts model of the DeepSeek-V3 architecture, trained from scratch by `scripts/train_embedded.py`,
+so that the engine has something real to run on any machine. It continues English prose of the nineteenth century; it
+knows nothing and follows no instructions.
 
 | | |
 |---|---|
@@ -48,7 +46,7 @@ nothing and follows no instructions.
 | tokenizer | byte-level BPE, 4,096 tokens, trained on the same text |
 | text | 20 public-domain books (GITenberg editions); *Heidi* and the last tenth of every other book held out |
 | licence | Apache-2.0 (the weights); the text is in the public domain |
-| training | {steps:,} steps, {tokens:,} tokens ({corpus_tokens:,} different ones), {minutes:.0f} minutes on two CPU cores |
+| training | {steps:,} steps, {tokens:,} tokens (of {corpus_tokens:,} different ones), {minutes:.0f} minutes, two cores |
 | held-out loss | {held_out_loss:.4f} nats per token ({bits_per_char:.3f} bits per character) |
 | the same after FP8 | {fp8_loss:.4f} nats per token |
 

@@ -12,8 +12,6 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
-from training.model import ExpertWeights
-from training.text import BOS, EOS
 
 from hmoe_jax import quant
 from hmoe_jax.architectures.deepseek_v3 import Weights
@@ -21,6 +19,8 @@ from hmoe_jax.architectures.deepseek_v3_checkpoint import describe, describe_exp
 from hmoe_jax.checkpoint.integrity import write_sums
 from hmoe_jax.config import parse_config
 from hmoe_jax.nn.linear import Projection
+from training.model import ExpertWeights
+from training.text import BOS, EOS
 
 _FP8_CONFIG = {
     "activation_scheme": "dynamic",
@@ -39,12 +39,13 @@ def write_folder(
     *,
     fp8: bool,
 ) -> None:
-    """Writes config, tensors, tokenizer, generation defaults and checksums. `fields` is the config without its format."""
+    """Writes config, tensors, tokenizer, defaults and checksums. `fields` is the config without its number format."""
     folder.mkdir(parents=True, exist_ok=True)
     fields = {**fields, "quantization_config": _FP8_CONFIG} if fp8 else fields
     _write_json(folder / "config.json", fields)
     tensors = dict(_tensors(fields, weights, experts))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # the library writes it for its owner alone
     tokenizer.save(str(folder / "tokenizer.json"))
     _write_json(
         folder / "tokenizer_config.json",
@@ -78,9 +79,7 @@ CHAT_TEMPLATE = (
 """Paragraph after paragraph: the model was trained on prose, not on dialogue, and simply goes on."""
 
 
-def through_fp8(
-    weights: Weights, experts: ExpertWeights, fields: dict[str, Any]
-) -> tuple[Weights, ExpertWeights]:
+def through_fp8(weights: Weights, experts: ExpertWeights, fields: dict[str, Any]) -> tuple[Weights, ExpertWeights]:
     """The same trees with every value that FP8 storage rounds, rounded; for measuring what it costs."""
 
     def rounded(matrix: np.ndarray) -> np.ndarray:
@@ -98,15 +97,11 @@ def through_fp8(
         weights,
         is_leaf=is_projection,
     )
-    new_experts = jax.tree.map(
-        lambda stack: np.stack([[rounded(w) for w in layer] for layer in stack]), experts
-    )
+    new_experts = jax.tree.map(lambda stack: np.stack([[rounded(w) for w in layer] for layer in stack]), experts)
     return new_weights, new_experts
 
 
-def _tensors(
-    fields: dict[str, Any], weights: Weights, experts: ExpertWeights
-) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(fields: dict[str, Any], weights: Weights, experts: ExpertWeights) -> Iterator[tuple[str, np.ndarray]]:
     config = parse_config(fields)
     is_projection = lambda node: isinstance(node, Projection)  # noqa: E731
     specs = jax.tree.leaves(describe(config), is_leaf=is_projection)

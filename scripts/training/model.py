@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hmoe_jax.architectures import deepseek_v3
-from hmoe_jax.architectures.deepseek_v3 import Moe, Tokens, Weights
+from hmoe_jax.architectures.deepseek_v3 import Layer, Moe, Tokens, Weights
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.nn.attention import Queries, UpProjections
 
@@ -73,9 +73,7 @@ def loss(
     def routed(layer: int, hidden: jax.Array, ids: jax.Array, gates: jax.Array) -> jax.Array:
         return _bucketed_experts(hidden, ids, gates, jax.tree.map(lambda w: w[layer], experts))
 
-    hidden, _, routes = deepseek_v3.forward(
-        config, prepared, tokens, (None,) * config.num_layers, attend, routed
-    )
+    hidden, _, routes = deepseek_v3.forward(config, prepared, tokens, (None,) * config.num_layers, attend, routed)
     log_probs = jax.nn.log_softmax(deepseek_v3.logits(prepared, hidden), axis=-1)
     nats = -jnp.take_along_axis(log_probs, targets.reshape(-1, 1), axis=1).mean()
     load = jax.nn.one_hot(routes, config.num_experts, dtype=jnp.int32).sum(axis=(1, 2))
@@ -84,14 +82,14 @@ def loss(
 
 def balance(weights: Weights, load: jax.Array) -> Weights:
     """Pushes every router bias one step against its expert's load: balancing without an auxiliary loss."""
-    layers, row = [], 0
-    for layer in weights.layers:
-        if isinstance(layer.mlp, Moe):
-            step = BIAS_STEP * jnp.sign(load[row].mean() - load[row])
-            layer = replace(layer, mlp=replace(layer.mlp, router_bias=layer.mlp.router_bias + step))
-            row += 1
-        layers.append(layer)
-    return replace(weights, layers=tuple(layers))
+    steps = iter(BIAS_STEP * jnp.sign(load.mean(axis=1, keepdims=True) - load))
+
+    def balanced(layer: Layer) -> Layer:
+        if not isinstance(layer.mlp, Moe):
+            return layer
+        return replace(layer, mlp=replace(layer.mlp, router_bias=layer.mlp.router_bias + next(steps)))
+
+    return replace(weights, layers=tuple(map(balanced, weights.layers)))
 
 
 def _causal_attention(queries: Queries, up: UpProjections, latents: jax.Array, *, batch: int, scale: float):
@@ -108,9 +106,7 @@ def _causal_attention(queries: Queries, up: UpProjections, latents: jax.Array, *
     return mixed.reshape(-1, *mixed.shape[2:])
 
 
-def _bucketed_experts(
-    hidden: jax.Array, ids: jax.Array, gates: jax.Array, experts: ExpertWeights
-) -> jax.Array:
+def _bucketed_experts(hidden: jax.Array, ids: jax.Array, gates: jax.Array, experts: ExpertWeights) -> jax.Array:
     (t, d), k, e = hidden.shape, ids.shape[1], experts.gate.shape[0]
     capacity = min(int(CAPACITY * t * k / e), t)
     pair_expert = ids.reshape(-1)
@@ -129,5 +125,5 @@ def _bucketed_experts(
 
 
 def learning_rate(progress: float, *, peak: float) -> float:
-    """Warm-up over the first 2 %, then a straight line to zero (`progress` is the share of the time that has passed)."""
+    """Warm-up over the first 2 %, then straight to zero (`progress` is the share of the time that has passed)."""
     return peak * min(progress / 0.02, 1.0, (1.0 - progress) / 0.98)

@@ -65,9 +65,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     tokenizer.post_processor = processors.Sequence(
         [
             processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(
-                single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
-            ),
+            processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]),
         ]
     )
     return tokenizer
@@ -80,9 +78,7 @@ def encode_stream(tokenizer: Tokenizer, texts: dict[str, str]) -> np.ndarray:
     return np.concatenate([np.array([*encoding.ids, eos], np.int32) for encoding in encoded])
 
 
-def random_windows(
-    stream: np.ndarray, rng: np.random.Generator, *, batch: int, length: int, bos: int
-) -> np.ndarray:
+def random_windows(stream: np.ndarray, rng: np.random.Generator, *, batch: int, length: int, bos: int) -> np.ndarray:
     """`[batch, length + 1]`: windows from anywhere, each begun with BOS as prompts are when the model is used."""
     starts = rng.integers(0, len(stream) - length, batch)
     windows = stream[starts[:, None] + np.arange(length)]

@@ -1,0 +1,65 @@
+# `make demo` and `make test` are all that a new machine needs; the rest is for those who change the code.
+# Every target makes a virtual environment of its own in $(VENV) first.
+
+PYTHON ?= python3
+VENV ?= .venv
+PROMPT ?= It was a cold night, and the old man
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint format oracle native-test clean check-tools
+
+demo: $(VENV)/installed
+	$(BIN)/python scripts/generate.py --prompt="$(PROMPT)" --max_tokens=120
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	git ls-files '*.cc' '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files '*.cc' '*.h' | xargs $(BIN)/clang-format -i
+
+# Against PyTorch and transformers; prints the parity table and writes it to docs/parity.md.
+oracle: $(VENV)/installed-oracle
+	$(BIN)/python -m pytest tests/oracle
+	$(BIN)/python scripts/parity.py --out=docs/parity.md
+
+# The kernels, store and pool under the address and undefined-behaviour sanitizers.
+native-test: $(VENV)/installed-dev
+	$(BIN)/cmake -S . -B build/sanitized -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DHMOE_BUILD_PYTHON=OFF -DHMOE_BUILD_TESTS=ON -DHMOE_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/sanitized
+	$(BIN)/ctest --test-dir build/sanitized --output-on-failure
+
+clean:
+	rm -rf $(VENV) build
+
+$(VENV)/installed: pyproject.toml CMakeLists.txt $(shell find ffi -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
+	@$(MAKE) --no-print-directory check-tools
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(VENV)/installed-oracle: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --editable '.[oracle]'
+	@touch $@
+
+check-tools:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "Python 3.11 or later is needed as '$(PYTHON)' (or name it: make PYTHON=python3.12 ...)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "Python's venv module is missing (Debian and Ubuntu: apt-get install python3-venv)"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || \
+	  { echo "a C++ compiler is missing (Debian and Ubuntu: apt-get install g++)"; exit 1; }

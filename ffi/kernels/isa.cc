@@ -1,0 +1,63 @@
+#include "kernels/isa.h"
+
+#include "machine/cpu.h"
+
+namespace hmoe {
+namespace {
+
+struct Entry {
+  Isa isa;
+  bool (*offered)(const CpuFeatures&);
+};
+
+// In order of preference. Where the compiler cannot build an ISA its row is absent, and its name is still
+// known.
+constexpr Entry kEntries[] = {
+#if defined(__x86_64__)
+    {{"avx512_bf16", &kAvx512Bf16Kernels}, [](const CpuFeatures& cpu) { return cpu.avx512_bf16; }},
+    {{"avx512", &kAvx512Kernels}, [](const CpuFeatures& cpu) { return cpu.avx512; }},
+    {{"avx2", &kAvx2Kernels}, [](const CpuFeatures& cpu) { return cpu.avx2; }},
+#endif
+    {{"scalar", &kScalarKernels}, [](const CpuFeatures&) { return true; }},
+};
+constexpr const char* kNames[] = {"avx512_bf16", "avx512", "avx2", "scalar"};
+
+std::vector<const Isa*> Offered() {
+  const CpuFeatures cpu = DetectCpu();
+  std::vector<const Isa*> offered;
+  for (const Entry& entry : kEntries) {
+    if (entry.offered(cpu)) offered.push_back(&entry.isa);
+  }
+  return offered;
+}
+
+std::string Join(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+}  // namespace
+
+std::vector<std::string> AllIsaNames() { return {std::begin(kNames), std::end(kNames)}; }
+
+std::vector<std::string> OfferedIsaNames() {
+  std::vector<std::string> names;
+  for (const Isa* isa : Offered()) names.emplace_back(isa->name);
+  return names;
+}
+
+Result<const Isa*> SelectIsa(std::string_view name) {
+  for (const Isa* isa : Offered()) {
+    if (name == "auto" || name == isa->name) return isa;
+  }
+  for (const char* known : kNames) {
+    if (name == known) {
+      return Fail("isa '", name, "' is not available on this machine, which offers ",
+                  Join(OfferedIsaNames()));
+    }
+  }
+  return Fail("isa '", name, "' is unknown: expected auto, ", Join(AllIsaNames()));
+}
+
+}  // namespace hmoe

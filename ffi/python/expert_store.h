@@ -1,0 +1,62 @@
+// The expert store as Python owns it: the core's store, and references to the arrays that it points into.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <span>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include "python/check.h"
+#include "python/thread_pool.h"
+#include "store/registry.h"
+
+namespace hmoe {
+
+using PyBytes =
+    nanobind::ndarray<const uint8_t, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>;
+
+class PyExpertStore {
+ public:
+  PyExpertStore(const PyThreadPool& pool, std::string_view codec, const StoreShape& shape)
+      : store_(Check(ExpertStore::Create(pool.compute(), Check(FindCodec(codec)), shape))),
+        id_(Stores().Add(store_)) {}
+  ~PyExpertStore() { Close(); }
+  PyExpertStore(const PyExpertStore&) = delete;
+  PyExpertStore& operator=(const PyExpertStore&) = delete;
+
+  void Add(int64_t layer, int64_t expert, std::string_view matrix, PyBytes weights,
+           std::optional<PyBytes> scales) {
+    const auto span = [](const PyBytes& bytes) { return std::span(bytes.data(), bytes.size()); };
+    Check(store_->Add(layer, expert, Check(FindMatrixName(matrix)), span(weights),
+                      scales ? span(*scales) : std::span<const uint8_t>()));
+    held_.push_back(std::move(weights));
+    if (scales) held_.push_back(std::move(*scales));
+  }
+
+  void Freeze() { Check(store_->Freeze()); }
+
+  // The arrays are let go only when no call reads them any more.
+  void Close() {
+    {
+      const nanobind::gil_scoped_release unlocked;
+      Stores().Remove(id_);
+      store_->Close();
+    }
+    held_.clear();
+  }
+
+  int64_t id() const { return id_; }
+  ExpertStore& store() { return *store_; }
+
+ private:
+  std::shared_ptr<ExpertStore> store_;
+  int64_t id_;
+  std::vector<PyBytes> held_;
+};
+
+}  // namespace hmoe

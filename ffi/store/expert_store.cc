@@ -1,0 +1,134 @@
+#include "store/expert_store.h"
+
+#include <utility>
+
+namespace hmoe {
+namespace {
+
+constexpr const char* kMatrixNames[kNumMatrices] = {"gate", "up", "down"};
+
+int64_t MatrixBytes(const Codec& codec, int64_t rows, int64_t cols) {
+  return codec.WeightBytes(rows, cols) + codec.NumScales(rows, cols) * static_cast<int64_t>(sizeof(float));
+}
+
+std::string Place(int64_t layer, int64_t expert, MatrixName name) {
+  return Fail("layer ", layer, ", expert ", expert, ", ", kMatrixNames[static_cast<int>(name)]).message;
+}
+
+}  // namespace
+
+Result<MatrixName> FindMatrixName(std::string_view name) {
+  for (int i = 0; i < kNumMatrices; ++i) {
+    if (name == kMatrixNames[i]) return static_cast<MatrixName>(i);
+  }
+  return Fail("matrix '", name, "' is unknown: expected gate, up or down");
+}
+
+Result<std::shared_ptr<ExpertStore>> ExpertStore::Create(std::shared_ptr<Compute> compute, const Codec& codec,
+                                                         const StoreShape& shape) {
+  const std::pair<const char*, int64_t> sizes[] = {{"num_layers", shape.layers},
+                                                   {"num_experts", shape.experts},
+                                                   {"hidden", shape.hidden},
+                                                   {"ffn", shape.ffn}};
+  for (const auto& [name, size] : sizes) {
+    if (size <= 0) return Fail(name, ": expected a positive number, got ", size);
+  }
+  return std::shared_ptr<ExpertStore>(new ExpertStore(std::move(compute), codec, shape));
+}
+
+ExpertStore::ExpertStore(std::shared_ptr<Compute> compute, const Codec& codec, const StoreShape& shape)
+    : compute_(std::move(compute)),
+      codec_(codec),
+      shape_(shape),
+      expert_bytes_(2 * MatrixBytes(codec, shape.ffn, shape.hidden) +
+                    MatrixBytes(codec, shape.hidden, shape.ffn)),
+      experts_(static_cast<size_t>(shape.layers * shape.experts)) {}
+
+Matrix ExpertStore::ShapeOf(MatrixName name) const {
+  const bool is_down = name == MatrixName::kDown;
+  return {nullptr, nullptr, is_down ? shape_.hidden : shape_.ffn, is_down ? shape_.ffn : shape_.hidden};
+}
+
+Status ExpertStore::Add(int64_t layer, int64_t expert, MatrixName name, std::span<const uint8_t> weights,
+                        std::span<const uint8_t> scales) {
+  if (layer < 0 || layer >= shape_.layers) {
+    return Fail("layer: expected 0 <= layer < ", shape_.layers, ", got ", layer);
+  }
+  if (expert < 0 || expert >= shape_.experts) {
+    return Fail("expert: expected 0 <= expert < ", shape_.experts, ", got ", expert);
+  }
+  Matrix matrix = ShapeOf(name);
+  const int64_t weight_bytes = codec_.WeightBytes(matrix.rows, matrix.cols);
+  if (std::ssize(weights) != weight_bytes) {
+    return Fail(Place(layer, expert, name), ": expected ", weight_bytes, " bytes of weights for [",
+                matrix.rows, ", ", matrix.cols, "] in codec ", codec_.name, ", got ", weights.size());
+  }
+  const int64_t num_scales = codec_.NumScales(matrix.rows, matrix.cols);
+  if (std::ssize(scales) != num_scales * static_cast<int64_t>(sizeof(float))) {
+    return Fail(Place(layer, expert, name), ": expected ", num_scales, " float32 scales for [", matrix.rows,
+                ", ", matrix.cols, "] in codec ", codec_.name, ", got ", scales.size(), " bytes");
+  }
+  matrix.weights = weights.data();
+  matrix.scales = scales.empty() ? nullptr : scales.data();
+
+  const std::unique_lock lock(use_);
+  if (state_ != State::kBuilding) return Fail("the expert store is frozen or closed: nothing can be added");
+  Matrix& held =
+      experts_[static_cast<size_t>(layer * shape_.experts + expert)].matrices[static_cast<size_t>(name)];
+  if (held.weights != nullptr) return Fail(Place(layer, expert, name), ": was added before");
+  held = matrix;
+  return {};
+}
+
+Status ExpertStore::Freeze() {
+  const std::unique_lock lock(use_);
+  if (state_ == State::kClosed) return Fail("the expert store is closed");
+  int64_t missing = 0;
+  std::string first;
+  for (int64_t layer = 0; layer < shape_.layers; ++layer) {
+    for (int64_t expert = 0; expert < shape_.experts; ++expert) {
+      for (int name = 0; name < kNumMatrices; ++name) {
+        if (Expert(layer, expert)[static_cast<MatrixName>(name)].weights != nullptr) continue;
+        if (missing++ == 0) first = Place(layer, expert, static_cast<MatrixName>(name));
+      }
+    }
+  }
+  if (missing > 0) {
+    return Fail("the expert store is incomplete: ", missing, " of ",
+                shape_.layers * shape_.experts * kNumMatrices, " matrices are missing, the first is ", first);
+  }
+  state_ = State::kFrozen;
+  return {};
+}
+
+void ExpertStore::Close() {
+  const std::unique_lock lock(use_);
+  state_ = State::kClosed;
+  experts_.clear();
+}
+
+Result<ExpertStore::Reading> ExpertStore::Read() const {
+  Reading reading(use_);
+  if (state_ == State::kClosed) return Fail("the expert store is closed");
+  if (state_ == State::kBuilding) return Fail("the expert store is not frozen");
+  return reading;
+}
+
+void ExpertStore::CountCall(int64_t experts_read, double seconds) {
+  const std::lock_guard lock(stats_mutex_);
+  stats_.calls += 1;
+  stats_.bytes += experts_read * expert_bytes_;
+  stats_.seconds += seconds;
+}
+
+StoreStats ExpertStore::stats() const {
+  const std::lock_guard lock(stats_mutex_);
+  return stats_;
+}
+
+void ExpertStore::ResetStats() {
+  const std::lock_guard lock(stats_mutex_);
+  stats_ = {};
+}
+
+}  // namespace hmoe

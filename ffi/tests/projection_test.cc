@@ -1,0 +1,88 @@
+// Every ISA that this machine offers, with every codec.
+
+#include <cfloat>
+
+#include "kernels/isa.h"
+#include "kernels/linear.h"
+#include "tests/check.h"
+#include "tests/random_matrix.h"
+
+namespace hmoe {
+namespace {
+
+struct Case {
+  Codec codec;
+  const CodecKernels& kernels;
+  int64_t rows, cols, tokens;
+};
+
+std::vector<float> Multiply(const Case& c, const Matrix& matrix, const std::vector<uint16_t>& activations,
+                            int threads) {
+  ThreadPool pool(threads);
+  std::vector<float> out(static_cast<size_t>(c.tokens * c.rows));
+  Linear(pool, c.kernels, matrix, c.codec.bytes_per_weight, activations.data(), c.tokens, out.data());
+  return out;
+}
+
+void CheckAgainstDouble(const Case& c) {
+  std::mt19937 random(static_cast<unsigned>(c.rows * 1000 + c.cols));
+  const test::RandomMatrix weights(c.codec, c.rows, c.cols, random);
+  const auto activations = test::RandomActivations(c.tokens * c.cols, random);
+  const auto out = Multiply(c, weights.matrix(), activations, 2);
+  for (int64_t t = 0; t < c.tokens; ++t) {
+    for (int64_t r = 0; r < c.rows; ++r) {
+      double exact = 0, magnitude = 0;
+      for (int64_t i = 0; i < c.cols; ++i) {
+        const double product =
+            weights.Value(r, i) * FloatFromBf16(activations[static_cast<size_t>(t * c.cols + i)]);
+        exact += product;
+        magnitude += std::fabs(product);
+      }
+      // No chain of additions is longer than a block, the blocks and the final reduction; half an ulp each.
+      const double longest = 128 + static_cast<double>(c.cols) / 128 + 16;
+      const double error = std::fabs(out[static_cast<size_t>(t * c.rows + r)] - exact);
+      CHECK(error <= longest * FLT_EPSILON / 2 * magnitude);
+    }
+  }
+}
+
+void CheckOneTokenAloneHasTheSameBits(const Case& c) {
+  std::mt19937 random(7);
+  const test::RandomMatrix weights(c.codec, c.rows, c.cols, random);
+  const auto activations = test::RandomActivations(c.tokens * c.cols, random);
+  const auto together = Multiply(c, weights.matrix(), activations, 3);
+  for (int64_t t = 0; t < c.tokens; ++t) {
+    const Case one{c.codec, c.kernels, c.rows, c.cols, 1};
+    const std::vector<uint16_t> row(activations.begin() + t * c.cols, activations.begin() + (t + 1) * c.cols);
+    const auto alone = Multiply(one, weights.matrix(), row, 1);
+    CHECK(std::equal(alone.begin(), alone.end(), together.begin() + t * c.rows));
+  }
+}
+
+void TestIsa(const Isa& isa) {
+  for (const char* codec_name : {"bf16", "fp8_block"}) {
+    const Codec codec = FindCodec(codec_name).value();
+    const CodecKernels& kernels = isa.For(codec.id);
+    for (const int64_t cols : {1, 7, 127, 128, 129, 200, 456})
+      CheckAgainstDouble({codec, kernels, 131, cols, 3});
+    for (const int64_t rows : {1, 9, 300}) CheckAgainstDouble({codec, kernels, rows, 136, 5});
+    for (const int64_t tokens : {2, 7, 8, 9, 17}) {
+      CheckOneTokenAloneHasTheSameBits({codec, kernels, 67, 264, tokens});
+    }
+  }
+}
+
+void TestForcedNames() {
+  CHECK_EQ(std::string(SelectIsa("scalar").value()->name), "scalar");
+  CHECK_EQ(SelectIsa("auto").value()->name, OfferedIsaNames().front());
+  CHECK_CONTAINS(SelectIsa("mmx").error().message, "isa 'mmx' is unknown: expected auto, avx512_bf16");
+}
+
+}  // namespace
+}  // namespace hmoe
+
+int main() {
+  for (const std::string& name : hmoe::OfferedIsaNames()) hmoe::TestIsa(*hmoe::SelectIsa(name).value());
+  hmoe::TestForcedNames();
+  return hmoe::test::failures;
+}

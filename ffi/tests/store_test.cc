@@ -1,0 +1,124 @@
+#include <chrono>
+#include <future>
+
+#include "store/registry.h"
+#include "tests/check.h"
+
+namespace hmoe {
+namespace {
+
+constexpr StoreShape kShape{2, 3, 136, 8};  // hidden, then ffn: gate and up are [8, 136], down is [136, 8]
+
+std::shared_ptr<ExpertStore> NewStore(const char* codec, StoreShape shape = kShape) {
+  auto compute = std::make_shared<Compute>(2, *SelectIsa("scalar").value());
+  return ExpertStore::Create(compute, FindCodec(codec).value(), shape).value();
+}
+
+const std::vector<uint8_t> kWeights(8 * 136), kScales(2 * 4);
+
+void Fill(ExpertStore& store) {
+  for (int64_t layer = 0; layer < kShape.layers; ++layer) {
+    for (int64_t expert = 0; expert < kShape.experts; ++expert) {
+      for (const MatrixName name : {MatrixName::kGate, MatrixName::kUp, MatrixName::kDown}) {
+        CHECK(store.Add(layer, expert, name, kWeights, kScales).ok());
+      }
+    }
+  }
+}
+
+void TestWhatDoesNotFitIsRefused() {
+  const auto store = NewStore("fp8_block");
+  const auto refusal = [&](int64_t layer, int64_t expert, size_t weight_bytes, size_t scale_bytes) {
+    const std::span<const uint8_t> weights(kWeights.data(), weight_bytes),
+        scales(kScales.data(), scale_bytes);
+    return store->Add(layer, expert, MatrixName::kGate, weights, scales).error().message;
+  };
+  CHECK_EQ(refusal(2, 0, 1088, 8), "layer: expected 0 <= layer < 2, got 2");
+  CHECK_EQ(refusal(0, -1, 1088, 8), "expert: expected 0 <= expert < 3, got -1");
+  CHECK_EQ(
+      refusal(1, 2, 1087, 8),
+      "layer 1, expert 2, gate: expected 1088 bytes of weights for [8, 136] in codec fp8_block, got 1087");
+  CHECK_EQ(refusal(1, 2, 1088, 4),
+           "layer 1, expert 2, gate: expected 2 float32 scales for [8, 136] in codec fp8_block, got 4 bytes");
+  CHECK_EQ(FindMatrixName("gates").error().message, "matrix 'gates' is unknown: expected gate, up or down");
+
+  CHECK(store->Add(0, 0, MatrixName::kGate, kWeights, kScales).ok());
+  CHECK_EQ(refusal(0, 0, 1088, 8), "layer 0, expert 0, gate: was added before");
+}
+
+void TestBf16HasNoScales() {
+  const auto store = NewStore("bf16");
+  const std::vector<uint8_t> weights(2 * 8 * 136);
+  CHECK(store->Add(0, 0, MatrixName::kUp, weights, {}).ok());
+  CHECK_CONTAINS(store->Add(0, 0, MatrixName::kDown, weights, kScales).error().message,
+                 "expected 0 float32 scales");
+}
+
+void TestHolesAreNamed() {
+  const auto store = NewStore("fp8_block");
+  CHECK_EQ(store->Read().error().message, "the expert store is not frozen");
+  CHECK(store->Add(0, 0, MatrixName::kGate, kWeights, kScales).ok());
+  CHECK_EQ(
+      store->Freeze().error().message,
+      "the expert store is incomplete: 17 of 18 matrices are missing, the first is layer 0, expert 0, up");
+}
+
+void TestAFrozenStoreIsReadAndNotChanged() {
+  const auto store = NewStore("fp8_block");
+  Fill(*store);
+  CHECK(store->Freeze().ok());
+  CHECK(store->Read().ok());
+  CHECK_CONTAINS(store->Add(0, 0, MatrixName::kGate, kWeights, kScales).error().message,
+                 "nothing can be added");
+  CHECK_EQ(store->Expert(1, 2)[MatrixName::kDown].rows, 136);
+  CHECK_EQ(store->expert_bytes(), 3 * (1088 + 8));
+}
+
+void TestCloseWaitsForReaders() {
+  const auto store = NewStore("fp8_block");
+  Fill(*store);
+  CHECK(store->Freeze().ok());
+  std::future<void> closed;
+  {
+    const auto reading = store->Read();
+    closed = std::async(std::launch::async, [&] { store->Close(); });
+    CHECK(closed.wait_for(std::chrono::milliseconds(20)) == std::future_status::timeout);
+  }
+  closed.get();
+  CHECK_EQ(store->Read().error().message, "the expert store is closed");
+  CHECK_EQ(store->Freeze().error().message, "the expert store is closed");
+  store->Close();
+}
+
+void TestSizesAreChecked() {
+  auto compute = std::make_shared<Compute>(1, *SelectIsa("scalar").value());
+  const auto store = ExpertStore::Create(compute, FindCodec("bf16").value(), {1, 1, 0, 1});
+  CHECK_EQ(store.error().message, "hidden: expected a positive number, got 0");
+}
+
+void TestIdsAreNotReused() {
+  const int64_t first = Stores().Add(NewStore("bf16"));
+  Stores().Remove(first);
+  Stores().Remove(first);
+  const int64_t second = Stores().Add(NewStore("bf16"));
+  CHECK(first != second);
+  CHECK_EQ(Stores().Find(first).error().message, "expert store " + std::to_string(first) + " is closed");
+  CHECK_EQ(Stores().Find(second + 1).error().message,
+           "expert store " + std::to_string(second + 1) + " does not exist");
+  CHECK(Stores().Find(second).ok());
+  Stores().Remove(second);
+}
+
+}  // namespace
+}  // namespace hmoe
+
+int main() {
+  hmoe::TestWhatDoesNotFitIsRefused();
+  hmoe::TestBf16HasNoScales();
+  hmoe::TestHolesAreNamed();
+  hmoe::TestAFrozenStoreIsReadAndNotChanged();
+  hmoe::TestCloseWaitsForReaders();
+  hmoe::TestSizesAreChecked();
+  hmoe::TestIdsAreNotReused();
+  return hmoe::test::failures;
+}

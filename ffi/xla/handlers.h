@@ -1,0 +1,16 @@
+// The functions that XLA programs call by name.
+#pragma once
+
+#include "xla/ffi/api/c_api.h"
+
+namespace hmoe {
+
+// hidden [t, d] bf16, ids [t, k] s32, weights [t, k] f32, layer [] s32; attribute store s64; result [t, d]
+// f32.
+extern XLA_FFI_Handler* const kMoeExpertsHandler;
+
+// x [t, in] bf16, weight [out, in], scale [ceil(out/128), ceil(in/128)] f32 or [0, 0]; attributes pool s64,
+// codec string; result [t, out] f32.
+extern XLA_FFI_Handler* const kLinearHandler;
+
+}  // namespace hmoe

@@ -1,0 +1,43 @@
+"""Writes `tests/golden/`: run `python -m tests.oracle.make_golden` after a change to `tests/tiny.py`."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tests.oracle.compare import top_two_gaps
+from tests.oracle.golden import NUM_GREEDY, PROMPT_LENS, TEXT_LEN, Golden, save_golden
+from tests.oracle.hf import hf_greedy, hf_logits, hf_routing, load_hf
+from tests.tiny import CONFIGS, random_ids, write_tiny
+
+
+def make_golden(name: str, folder: Path) -> Golden:
+    """The results of the independent implementation for the model `name`, written to `folder` before."""
+    model = load_hf(folder, torch.float32)
+    text = random_ids(name, TEXT_LEN)
+    prompts = [random_ids(name, length, seed=length) for length in PROMPT_LENS]
+    continued = [hf_greedy(model, prompt, NUM_GREEDY) for prompt in prompts]
+    logits = np.stack([logits for _, logits in continued])
+    return Golden(
+        text=text,
+        logits=hf_logits(model, text),
+        experts=hf_routing(model, text).ids,
+        prompts=np.stack([np.pad(p, (0, max(PROMPT_LENS) - len(p)), constant_values=-1) for p in prompts]),
+        greedy=np.stack([tokens for tokens, _ in continued]),
+        gaps=top_two_gaps(logits),
+        norms=np.linalg.norm(logits, axis=-1),
+    )
+
+
+def main() -> None:
+    torch.set_num_threads(1)  # matrices this small lose more to the hand-over than they gain
+    for name in CONFIGS:
+        with tempfile.TemporaryDirectory() as folder:
+            save_golden(name, make_golden(name, write_tiny(Path(folder), name)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Every executor against the stored results of the independent implementation. Needs no PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.oracle import bounds
+from tests.oracle.compare import assert_choices_explained, assert_greedy_explained, assert_logits_close
+from tests.oracle.golden import NUM_GREEDY, load_golden
+from tests.oracle.parity import ALL_CASES, MAX_TOKENS, Case, measure
+from tests.oracle.plain import Plain
+from tests.tiny import CONFIGS
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_plain_forward_gives_the_golden_logits_and_experts(name: str, truth_of: Callable[[str], Plain]) -> None:
+    golden, truth = load_golden(name), truth_of(name)
+    bound = bounds.relative_error(truth.config, "float32", num_tokens=len(golden.text))
+    logits, routing = truth.run(golden.text)
+    assert_choices_explained(truth.config, routing, golden.experts, bound=bound)
+    assert_logits_close(truth.run(golden.text, forced=golden.experts)[0], golden.logits, bound=bound)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_plain_forward_continues_the_golden_prompts(name: str, truth_of: Callable[[str], Plain]) -> None:
+    golden, truth = load_golden(name), truth_of(name)
+    bound = bounds.relative_error(truth.config, "float32", num_tokens=MAX_TOKENS)
+    continued = [np.concatenate(pair) for pair in zip(golden.prompt_ids, golden.greedy, strict=True)]
+    best = np.stack([truth.run(tokens[:-1])[0][-NUM_GREEDY:].argmax(axis=-1) for tokens in continued])
+    assert_greedy_explained(best, golden.greedy, golden.gaps, golden.greedy_limits(bound))
+
+
+@pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: f"{case.name}-{case.executor}-{case.dtype}")
+def test_executor_agrees_with_the_golden_results(
+    case: Case, folder_of: Callable[[str], Path], truth_of: Callable[[str], Plain]
+) -> None:
+    measure(case, folder_of(case.name), load_golden(case.name), truth_of(case.name))
