@@ -44,7 +44,7 @@ knows nothing and follows no instructions.
 | attention | MLA: 4 heads, query rank 128, latent 128 + 32 |
 | number format | E4M3 with an FP32 scale per 128x128 block; embedding (tied to the head), norms and router BF16 |
 | tokenizer | byte-level BPE, 4,096 tokens, trained on the same text |
-| text | 20 public-domain books (GITenberg editions); *Heidi* and the last tenth of every other book held out |
+| text | 20 public-domain books (GITenberg); *Heidi* and the last tenth of every other book are held out |
 | licence | Apache-2.0 (the weights); the text is in the public domain |
 | training | {steps:,} steps, {tokens:,} tokens (of {corpus_tokens:,} different ones), {minutes:.0f} minutes, two cores |
 | held-out loss | {held_out_loss:.4f} nats per token ({bits_per_char:.3f} bits per character) |
