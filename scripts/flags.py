@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from hmoe_jax.core import HmoeError
 
@@ -26,7 +27,7 @@ _EXECUTOR = flags.DEFINE_enum("executor", "auto", ["auto", "graph", "fused"], "W
 _NUM_THREADS = flags.DEFINE_string("num_threads", "auto", "Threads of the native kernels: a number, or auto.")
 _ISA = flags.DEFINE_string("isa", "auto", "Instruction set of the native kernels: scalar, avx2, avx512, avx512_bf16.")
 _MAX_MODEL_LEN = flags.DEFINE_integer("max_model_len", None, "Longest sequence, prompt included; default the model's.")
-_VERBOSE = flags.DEFINE_bool("verbose", False, "Tell every automatic choice and its reason.")
+_QUIET = flags.DEFINE_bool("quiet", False, "Do not tell the automatic choices and their reasons.")
 
 
 def engine_options() -> dict[str, Any]:
@@ -55,8 +56,7 @@ def run_main(main: Callable[[], None]) -> None:
     def checked(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-        logging.set_verbosity(logging.INFO if _VERBOSE.value else logging.WARNING)
-        logging.use_absl_handler()
+        _log_to_stderr(logging.WARNING if _QUIET.value else logging.INFO)
         try:
             main()
         except (HmoeError, ValueError, OSError) as error:
@@ -64,6 +64,17 @@ def run_main(main: Callable[[], None]) -> None:
             sys.exit(1)
 
     app.run(checked)
+
+
+def _log_to_stderr(level: int) -> None:
+    """Shows what the package logs, and nothing of what others do."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("[%(message)s]"))
+    logging.getLogger().setLevel(logging.WARNING)
+    logger = logging.getLogger("hmoe_jax")
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = False
 
 
 def read_text(path: str) -> str:

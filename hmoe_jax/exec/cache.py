@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from pathlib import Path
 from typing import Literal
 
 import jax
-from absl import logging
+
+logger = logging.getLogger(__name__)
 
 MIN_COMPILE_S = 0.1
 """Programs that compile faster than this are not stored."""
@@ -36,7 +38,7 @@ def enable_compilation_cache(directory: str | Path | Literal["auto"] | None) -> 
         problem = f"compilation cache {path} cannot be written ({error.strerror})"
         if directory != "auto":
             raise ValueError(f"{problem}: name another compilation_cache, or None") from None
-        logging.warning("%s: every start compiles anew", problem)
+        logger.warning("%s: every start compiles anew", problem)
         return
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.typing import DTypeLike
 
 from hmoe_jax.architectures.deepseek_v3 import Moe, Weights, prepare
@@ -19,12 +19,14 @@ from hmoe_jax.checkpoint.specs import TensorSpec, check_scales, check_tensors
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.nn.linear import Projection
 
+logger = logging.getLogger(__name__)
+
 
 def check_checkpoint(config: ModelConfig, checkpoint: Checkpoint) -> None:
     """Raises `CheckpointError` unless the tensors are those that `config` promises."""
     check_tensors(checkpoint, expected_tensors(config), ignore=is_ignored(config))
     if config.num_mtp_layers:
-        logging.info("%d multi-token-prediction layer(s): recognised, not loaded", config.num_mtp_layers)
+        logger.info("%d multi-token-prediction layer(s): recognised, not loaded", config.num_mtp_layers)
 
 
 def load_weights(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
 import jax
-from absl import logging
 
 from hmoe_jax.checkpoint import integrity
 from hmoe_jax.checkpoint.index import open_checkpoint
@@ -18,6 +18,8 @@ from hmoe_jax.exec.load import check_checkpoint, load_weights
 from hmoe_jax.exec.plan import EngineOptions, Plan, find_hardware, resolve
 from hmoe_jax.exec.programs import Executor
 from hmoe_jax.kernels.pool import ThreadPool
+
+logger = logging.getLogger(__name__)
 
 
 def open_executor(
@@ -31,7 +33,7 @@ def open_executor(
     config = read_config(folder)
     plan = resolve(options, config, find_hardware(options.device))
     for line in plan.describe():
-        logging.info("plan: %s", line)
+        logger.info("%s", line)
     if integrity.should_verify(folder, verify):
         with byte_progress(integrity.covered_bytes(folder), label="verifying") as advance:
             integrity.verify(folder, on_bytes=advance)

@@ -46,7 +46,7 @@ knows nothing and follows no instructions.
 | tokenizer | byte-level BPE, 4,096 tokens, trained on the same text |
 | text | 20 public-domain books (GITenberg); *Heidi* and the last tenth of every other book are held out |
 | licence | Apache-2.0 (the weights); the text is in the public domain |
-| training | {steps:,} steps, {tokens:,} tokens (of {corpus_tokens:,} different ones), {minutes:.0f} minutes, two cores |
+| training | {steps:,} steps, {tokens:,} tokens ({corpus_tokens:,} different ones), {minutes:.0f} minutes, two cores |
 | held-out loss | {held_out_loss:.4f} nats per token ({bits_per_char:.3f} bits per character) |
 | the same after FP8 | {fp8_loss:.4f} nats per token |
 
