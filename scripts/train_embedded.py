@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import optax
 from absl import app, flags, logging
 from training import card, export, model, text
 
+from hmoe_jax.architectures.deepseek_v3 import Weights
 from hmoe_jax.architectures.deepseek_v3_checkpoint import describe
 from hmoe_jax.config import parse_config
 
@@ -26,6 +28,7 @@ _MINUTES = flags.DEFINE_float(
 _BATCH = flags.DEFINE_integer("batch", 8, "Windows per step.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 512, "Tokens per window.", lower_bound=8)
 _PEAK_LR = flags.DEFINE_float("peak_lr", 2e-3, "Highest learning rate of AdamW.", lower_bound=0.0)
+_INIT_FROM = flags.DEFINE_string("init_from", None, "BF16 folder of an earlier run to go on from.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial weights and of the order of the text.")
 
 FIELDS = {
@@ -66,6 +69,20 @@ FIELDS = {
 }
 
 
+EFFORT_NAME = "effort.json"
+"""Beside the BF16 weights: what went into them, so that a run that goes on from them can tell the sum."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training's result; `load` is tokens per expert `[m, e]` over its last hundred steps."""
+
+    weights: Weights
+    experts: model.ExpertWeights
+    load: np.ndarray
+    effort: card.Effort
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
@@ -78,33 +95,37 @@ def main(argv: list[str]) -> None:
 
     run = _train(train, windows, rng)
     config = parse_config(FIELDS)
-    held_out_loss = _evaluate(config, run["weights"], run["experts"], windows)
-    fp8_loss = _evaluate(config, *export.through_fp8(run["weights"], run["experts"], FIELDS), windows)
+    held_out_loss = _evaluate(config, run.weights, run.experts, windows)
+    fp8_loss = _evaluate(config, *export.through_fp8(run.weights, run.experts, FIELDS), windows)
     chars_per_token = sum(map(len, corpus.held_out.values())) / len(held_out)
-    logging.info("held-out loss %.4f nats per token, after FP8 %.4f", held_out_loss, fp8_loss)
-
-    out = Path(_OUT.value)
-    export.write_folder(out, FIELDS, run["weights"], run["experts"], tokenizer, fp8=True)
-    export.write_folder(Path(_OUT_BF16.value), FIELDS, run["weights"], run["experts"], tokenizer, fp8=False)
-    card.write(
-        out,
-        card.Facts(
-            steps=run["steps"],
-            tokens=run["steps"] * _BATCH.value * _LENGTH.value,
-            corpus_tokens=len(train),
-            minutes=run["minutes"],
-            held_out_loss=held_out_loss,
-            fp8_loss=fp8_loss,
-            bits_per_char=held_out_loss / math.log(2) / chars_per_token,
-            load=run["load"],
-        ),
+    facts = card.Facts(
+        effort=run.effort + _earlier_effort(),
+        corpus_tokens=len(train),
+        held_out_loss=held_out_loss,
+        fp8_loss=fp8_loss,
+        bits_per_char=held_out_loss / math.log(2) / chars_per_token,
+        load=run.load,
     )
-    print(json.dumps({"steps": run["steps"], "held_out_loss": held_out_loss, "fp8_loss": fp8_loss}))
+    out, out_bf16 = Path(_OUT.value), Path(_OUT_BF16.value)
+    card.write(out, facts)
+    export.write_folder(out, FIELDS, run.weights, run.experts, tokenizer, fp8=True)
+    export.write_folder(out_bf16, FIELDS, run.weights, run.experts, tokenizer, fp8=False)
+    (out_bf16 / EFFORT_NAME).write_text(json.dumps(asdict(facts.effort)))
+    print(json.dumps({**asdict(facts.effort), "held_out_loss": held_out_loss, "fp8_loss": fp8_loss}))
 
 
-def _train(stream: np.ndarray, held_out: np.ndarray, rng: np.random.Generator) -> dict:
+def _earlier_effort() -> card.Effort:
+    if not _INIT_FROM.value:
+        return card.Effort()
+    return card.Effort(**json.loads((Path(_INIT_FROM.value) / EFFORT_NAME).read_text()))
+
+
+def _train(stream: np.ndarray, held_out: np.ndarray, rng: np.random.Generator) -> Run:
     config = parse_config(FIELDS)
-    params = model.init(config, describe(config), rng)
+    if _INIT_FROM.value:
+        params = export.read_folder(Path(_INIT_FROM.value), FIELDS)
+    else:
+        params = model.init(config, describe(config), rng)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.scale_by_adam(b1=0.9, b2=0.95),
@@ -135,8 +156,8 @@ def _train(stream: np.ndarray, held_out: np.ndarray, rng: np.random.Generator) -
         if steps % 500 == 0:
             logging.info("step %d: held-out loss %.4f", steps, _evaluate(config, *params, held_out))
     weights, experts = params
-    load = np.sum(loads, axis=0)
-    return {"weights": weights, "experts": experts, "steps": steps, "minutes": _MINUTES.value, "load": load}
+    effort = card.Effort(steps, steps * _BATCH.value * _LENGTH.value, _MINUTES.value)
+    return Run(weights, experts, np.sum(loads, axis=0), effort)
 
 
 def _evaluate(config, weights, experts, windows: np.ndarray) -> float:

@@ -9,13 +9,23 @@ import numpy as np
 
 
 @dataclass(frozen=True)
+class Effort:
+    """What went into the weights, over all runs."""
+
+    steps: int = 0
+    tokens: int = 0
+    minutes: float = 0.0
+
+    def __add__(self, other: Effort) -> Effort:
+        return Effort(self.steps + other.steps, self.tokens + other.tokens, self.minutes + other.minutes)
+
+
+@dataclass(frozen=True)
 class Facts:
     """`load` is tokens per expert `[m, e]` over the last hundred steps; losses are nats per token on held-out text."""
 
-    steps: int
-    tokens: int
+    effort: Effort
     corpus_tokens: int
-    minutes: float
     held_out_loss: float
     fp8_loss: float
     bits_per_char: float
@@ -23,6 +33,7 @@ class Facts:
 
 
 def write(folder: Path, facts: Facts) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text(_TEXT.format(rows=_load_rows(facts.load), **vars(facts)), encoding="utf-8")
 
 
@@ -46,7 +57,7 @@ knows nothing and follows no instructions.
 | tokenizer | byte-level BPE, 4,096 tokens, trained on the same text |
 | text | 20 public-domain books (GITenberg); *Heidi* and the last tenth of every other book are held out |
 | licence | Apache-2.0 (the weights); the text is in the public domain |
-| training | {steps:,} steps, {tokens:,} tokens ({corpus_tokens:,} different ones), {minutes:.0f} minutes, two cores |
+| training | {effort.steps:,} steps, {effort.tokens:,} tokens ({corpus_tokens:,} different ones), {effort.minutes:.0f} minutes, two cores |
 | held-out loss | {held_out_loss:.4f} nats per token ({bits_per_char:.3f} bits per character) |
 | the same after FP8 | {fp8_loss:.4f} nats per token |
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
@@ -15,8 +17,10 @@ from tokenizers import Tokenizer
 
 from hmoe_jax import quant
 from hmoe_jax.architectures.deepseek_v3 import Weights
-from hmoe_jax.architectures.deepseek_v3_checkpoint import describe, describe_experts
+from hmoe_jax.architectures.deepseek_v3_checkpoint import describe, describe_experts, expected_tensors
+from hmoe_jax.checkpoint.index import open_checkpoint
 from hmoe_jax.checkpoint.integrity import write_sums
+from hmoe_jax.checkpoint.specs import TensorSpec, check_tensors
 from hmoe_jax.config import parse_config
 from hmoe_jax.nn.linear import Projection
 from training.model import ExpertWeights
@@ -70,6 +74,24 @@ def write_folder(
         },
     )
     write_sums(folder)
+
+
+def read_folder(folder: Path, fields: dict[str, Any]) -> tuple[Weights, ExpertWeights]:
+    """The FP32 trees of a folder that `write_folder` wrote in BF16, to go on training. Raises `CheckpointError`."""
+    config = parse_config(fields)
+    with open_checkpoint(folder) as checkpoint:
+        check_tensors(checkpoint, expected_tensors(config))
+
+        def read(spec: TensorSpec) -> np.ndarray:
+            return checkpoint.array(spec.name).astype(np.float32)
+
+        shape = (config.num_moe_layers, config.num_experts)
+        wide, tall = (config.expert_ffn, config.hidden_size), (config.hidden_size, config.expert_ffn)
+        experts = ExpertWeights(np.empty((*shape, *wide)), np.empty((*shape, *wide)), np.empty((*shape, *tall)))
+        for spec in describe_experts(config):
+            getattr(experts, spec.matrix)[spec.layer, spec.expert] = read(spec.projection.weight)
+        as_f32 = partial(jnp.asarray, dtype=jnp.float32)
+        return jax.tree.map(as_f32, (jax.tree.map(read, describe(config)), experts))
 
 
 CHAT_TEMPLATE = (
