@@ -57,7 +57,8 @@ knows nothing and follows no instructions.
 | tokenizer | byte-level BPE, 4,096 tokens, trained on the same text |
 | text | 20 public-domain books (GITenberg); *Heidi* and the last tenth of every other book are held out |
 | licence | Apache-2.0 (the weights); the text is in the public domain |
-| training | {effort.steps:,} steps, {effort.tokens:,} tokens ({corpus_tokens:,} different ones), {effort.minutes:.0f} minutes, two cores |
+| training | {effort.steps:,} steps, {effort.minutes:.0f} minutes on two cores |
+| tokens | {effort.tokens:,}, of a text of {corpus_tokens:,} |
 | held-out loss | {held_out_loss:.4f} nats per token ({bits_per_char:.3f} bits per character) |
 | the same after FP8 | {fp8_loss:.4f} nats per token |
 
