@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from hmoe_jax.config import ModelConfig
 from hmoe_jax.exec.batch import DecodeRow, decode_batch, prefill_batch
 from hmoe_jax.exec.cache import enable_compilation_cache
 from hmoe_jax.exec.open import open_executor
-from hmoe_jax.exec.plan import EngineOptions
+from hmoe_jax.exec.plan import engine_options
 from hmoe_jax.experts.store import StoreStats
 from hmoe_jax.folder import read_json
 from hmoe_jax.outputs import RequestOutput
@@ -61,7 +62,7 @@ class Engine:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ValueError(f"seed must be an integer, got {seed!r}")
         self.folder = Path(model)
-        wishes = EngineOptions(**options)
+        wishes = engine_options(options)
         enable_compilation_cache(compilation_cache)
         self._executor, self.plan = open_executor(self.folder, wishes, verify=verify)
         try:
@@ -80,6 +81,7 @@ class Engine:
         self._requests: dict[Running, Request] = {}
         self._ids, self._seeds = itertools.count(), np.random.SeedSequence(seed)
         self._lock = threading.Lock()
+        self._stepper = ThreadPoolExecutor(1, thread_name_prefix="hmoe-step")
         self._is_closed = False
 
     @property
@@ -145,6 +147,7 @@ class Engine:
         with self._lock:
             if not self._is_closed:
                 self._is_closed = True
+                self._stepper.shutdown()
                 self._executor.close()
 
     def __enter__(self) -> Engine:
@@ -180,6 +183,8 @@ class Engine:
         ):
             if any(token >= vocab_size for token in named):
                 raise ValueError(f"{name}: token id {max(named)} is outside the vocabulary of {vocab_size} tokens")
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and skip_tokenizer_init was given: use stop_token_ids")
         eos_ids = self.tokenizer.eos_ids if self.tokenizer else self.config.eos_ids
         rules = StopRules(
             eos_ids=() if params.ignore_eos else eos_ids,
@@ -197,18 +202,18 @@ class Engine:
 
     def _run(self, requests: Sequence[Request]) -> Iterator[int]:
         """Steps the engine until all `requests` are done; yields how many of them each step finished."""
-        with self._lock:
-            self._check_open()
-            for request in requests:
-                for sequence in request.sequences:
-                    self._requests[sequence] = request
-                    self._scheduler.add(sequence)
         open_requests = list(requests)
         try:
+            with self._lock:
+                self._check_open()
+                for request in requests:
+                    for sequence in request.sequences:
+                        self._requests[sequence] = request
+                        self._scheduler.add(sequence)
             while open_requests:
                 with self._lock:
                     self._check_open()
-                    self._step()
+                    self._whole_step()
                 still_open = [request for request in open_requests if not request.is_finished]
                 yield len(open_requests) - len(still_open)
                 open_requests = still_open
@@ -220,6 +225,17 @@ class Engine:
                         sequence.finish("abort", None)
                         self._retire(sequence)
 
+    def _whole_step(self) -> None:
+        """One step on a thread of its own: Ctrl-C reaches the caller after it, never the middle of it.
+
+        A step donates the device state: cut off before the new state is stored, it would leave the engine without one.
+        """
+        step = self._stepper.submit(self._step)
+        try:
+            step.result()
+        finally:
+            wait([step])
+
     def _step(self) -> None:
         work = self._scheduler.next()
         if isinstance(work, Prefill):
@@ -229,7 +245,7 @@ class Engine:
 
     def _prefill(self, work: Prefill) -> None:
         sequence, request = work.sequence, self._requests[work.sequence]
-        if work.is_new:
+        if work.is_first:
             request.mark_started()
             self._executor.admit(sequence.slot, self._sampler_row(sequence))
         scored = sequence.params.prompt_logprobs is not None

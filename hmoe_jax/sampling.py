@@ -82,7 +82,7 @@ def sampler_row(
         temperature=np.array(0.0 if params.is_greedy else params.temperature, np.float32),
         top_p=np.array(params.top_p, np.float32),
         min_p=np.array(params.min_p, np.float32),
-        top_k=np.array(params.top_k or vocab_size, np.int32),
+        top_k=np.array(min(params.top_k or vocab_size, vocab_size), np.int32),
         presence=np.array(params.presence_penalty, np.float32),
         frequency=np.array(params.frequency_penalty, np.float32),
         repetition=np.array(params.repetition_penalty, np.float32),

@@ -15,16 +15,16 @@ from hmoe_jax.request import Sequence
 
 @dataclass(frozen=True)
 class Prefill:
-    """Compute prompt tokens `start .. start + length - 1`; `is_new` if the sequence was admitted just now."""
+    """Compute prompt tokens from `start` on, at most `length` of them."""
 
     sequence: Sequence
     start: int
     length: int
-    is_new: bool
 
     @property
-    def is_last(self) -> bool:
-        return self.start + self.length == len(self.sequence.prompt_ids)
+    def is_first(self) -> bool:
+        """Whether the slot still holds the sampling state of the sequence before."""
+        return self.start == 0
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,11 @@ class Scheduler:
 
     def next(self) -> Prefill | Decode | None:
         """The next step, or None when nothing is left."""
-        is_new = self._admit()
+        self._admit()
         for sequence in self._running:
             remaining = len(sequence.prompt_ids) - sequence.num_computed
             if remaining:
-                length = min(remaining, self._prefill_len)
-                return Prefill(sequence, sequence.num_computed, length, is_new and sequence is self._running[-1])
+                return Prefill(sequence, sequence.num_computed, min(remaining, self._prefill_len))
         return Decode(tuple(self._running)) if self._running else None
 
     def release(self, sequence: Sequence) -> None:
@@ -75,14 +74,13 @@ class Scheduler:
             self._free_slots.append(sequence.slot)
             sequence.pages, sequence.slot = [], -1
 
-    def _admit(self) -> bool:
+    def _admit(self) -> None:
         """Starts the first waiting sequence if there is room for it; nobody overtakes it."""
         if not self._waiting or not self._free_slots:
-            return False
+            return
         pages = self._layout.pages_for(self._waiting[0].max_len)
         if pages > self._pages.num_free:
-            return False
+            return
         sequence = self._waiting.popleft()
         sequence.pages, sequence.slot = self._pages.take(pages), self._free_slots.pop()
         self._running.append(sequence)
-        return True

@@ -20,9 +20,10 @@ struct RowTasks {
   int64_t end(int64_t task) const { return std::min(rows, begin(task) + rows_per_task); }
 };
 
-// About 128 KB of weights per task: 5-10 us of one core's memory bandwidth, against 0.1 us to claim it, and
-// small enough to stay in L2 while several tiles of tokens pass over it. Fewer where the threads would run
-// out of tasks: with eight each, the last one finishes within an eighth of the others.
+// About 128 KB of weights per task: some 10 us of one core's memory bandwidth, far more than one atomic
+// operation to claim it, and small enough to stay in L2 while several tiles of tokens pass over it. Fewer
+// where the threads would run out of tasks: with eight each, the last one finishes within an eighth of the
+// others.
 inline RowTasks CutRows(int64_t rows, int64_t row_bytes, int64_t tasks_per_row_range, int64_t num_threads) {
   constexpr int64_t kTaskBytes = 128 * 1024;
   const int64_t by_bytes = kTaskBytes / row_bytes;

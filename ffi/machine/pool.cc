@@ -15,7 +15,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Longer than the gap between two layers' calls in a decode step, short enough that an idle engine costs
+// Bridges the barriers inside a call and short gaps between calls; short enough that an idle engine costs
 // nothing.
 constexpr auto kSpin = std::chrono::microseconds(50);
 

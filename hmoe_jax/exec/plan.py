@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import jax
@@ -59,6 +59,15 @@ class EngineOptions:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
 
+def engine_options(options: Mapping[str, Any]) -> EngineOptions:
+    """The options by name. Raises `ValueError` for a name that is none, with those that are."""
+    known = [option.name for option in fields(EngineOptions)]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"unknown option {name!r}: expected one of {', '.join(known)}")
+    return EngineOptions(**options)
+
+
 @dataclass(frozen=True)
 class Hardware:
     """What the plan needs to know of the machine: the chosen device and its memory."""
@@ -107,9 +116,11 @@ def resolve(options: EngineOptions, config: ModelConfig, hardware: Hardware) -> 
     if options.dtype == "auto":
         reasons["dtype"] = f"{dtype}, as the checkpoint says"
     executor = _executor(options, hardware, dtype, reasons)
-    isa = options.isa
+    isa, isas = options.isa, available_isas()
+    if isa != "auto" and isa not in isas:
+        raise ValueError(f"isa must be auto or one of {', '.join(isas)}, which this CPU offers, got {isa!r}")
     if isa == "auto":
-        isa = available_isas()[0]
+        isa = isas[0]
         reasons["isa"] = f"{isa}, the best that this CPU offers"
     num_threads = resolve_num_threads(options.num_threads)
     if options.num_threads == "auto":

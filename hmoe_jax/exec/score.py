@@ -11,7 +11,7 @@ from jaxtyping import Float32, Int
 
 from hmoe_jax.exec.batch import DecodeRow, decode_batch, prefill_batch
 from hmoe_jax.exec.open import open_executor
-from hmoe_jax.exec.plan import EngineOptions
+from hmoe_jax.exec.plan import engine_options
 from hmoe_jax.exec.programs import Executor
 from hmoe_jax.exec.step import decode_logits, prefill_logits
 
@@ -64,5 +64,5 @@ class Scorer:
 
 
 def load_for_scoring(folder: str | Path, **options: Any) -> Scorer:
-    """Opens a model folder; `options` are those of `EngineOptions`. Raises what `open_executor` raises."""
-    return Scorer(open_executor(folder, EngineOptions(**{"max_num_seqs": 1, **options}))[0])
+    """Opens a model folder; `options` are those of `EngineOptions`. Raises what `Engine` raises."""
+    return Scorer(open_executor(folder, engine_options({"max_num_seqs": 1, **options}))[0])

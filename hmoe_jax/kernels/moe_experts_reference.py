@@ -15,7 +15,7 @@ from hmoe_jax.quant import dequantize
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ExpertMatrices:
-    """One matrix of every expert: `weight [e, out, in]` as stored; `scale [e, ceil(out/128), ceil(in/128)]` for E4M3."""
+    """One matrix of every expert: `weight [e, out, in]`; `scale [e, ceil(out/128), ceil(in/128)]` for E4M3."""
 
     weight: Any
     scale: Any = None
@@ -42,7 +42,9 @@ def moe_experts_reference(
     Every expert is computed for every token, one expert at a time: little memory, many operations.
     """
 
-    def add_expert(total: Float32[Array, "t d"], expert: tuple[Int32[Array, ""], ExpertArrays]):
+    def add_expert(
+        total: Float32[Array, "t d"], expert: tuple[Int32[Array, ""], ExpertArrays]
+    ) -> tuple[Float32[Array, "t d"], None]:
         index, matrices = expert
         inner = jax.nn.silu(_project(hidden, matrices.gate)) * _project(hidden, matrices.up)
         routed = _project(inner.astype(hidden.dtype), matrices.down)

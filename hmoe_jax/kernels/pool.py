@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
 
 from hmoe_jax.kernels import _native
 
@@ -18,7 +17,7 @@ class ThreadPool:
     `available_isas()`, or "auto" for the best of them. Raises `ValueError` for what this machine does not offer.
     """
 
-    def __init__(self, num_threads: int | Literal["auto"] = "auto", *, isa: str = "auto"):
+    def __init__(self, num_threads: int | str = "auto", *, isa: str = "auto"):
         self.native = _native.ThreadPool(resolve_num_threads(num_threads), isa)
 
     @property
@@ -35,7 +34,7 @@ class ThreadPool:
         return self.native.isa
 
     def read_gbps(self, *, megabytes: int = 1024) -> float:
-        """The memory bandwidth that plain loads reach with this pool: the limit of every kernel that streams weights."""
+        """The memory bandwidth that plain loads reach with this pool: the limit of what streams weights."""
         return _native.read_bandwidth(self.native, megabytes)
 
     def close(self) -> None:
@@ -57,7 +56,7 @@ def cpu_name() -> str:
     return _native.cpu_name()
 
 
-def resolve_num_threads(num_threads: int | Literal["auto"]) -> int:
+def resolve_num_threads(num_threads: int | str) -> int:
     """ "auto" is one thread per CPU that this process may use, fewer under a cgroup quota.
 
     Raises `ValueError` for numbers below 1, or above the CPUs: threads that share a CPU wait for each other at

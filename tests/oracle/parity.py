@@ -54,6 +54,9 @@ ALL_CASES = [
     if case.is_possible
 ]
 
+QUICK_CASES = [case for case in ALL_CASES if case.executor == "fused" or case.dtype == "float32"]
+"""Both executors, both precisions, every model; compiling is what takes the time, so the rest is for `scripts/parity.py`."""
+
 
 @dataclass(frozen=True)
 class Parity:

@@ -11,7 +11,7 @@ import pytest
 from tests.oracle import bounds
 from tests.oracle.compare import assert_choices_explained, assert_greedy_explained, assert_logits_close
 from tests.oracle.golden import NUM_GREEDY, load_golden
-from tests.oracle.parity import ALL_CASES, MAX_TOKENS, Case, measure
+from tests.oracle.parity import MAX_TOKENS, QUICK_CASES, Case, measure
 from tests.oracle.plain import Plain
 from tests.tiny import CONFIGS
 
@@ -34,7 +34,7 @@ def test_plain_forward_continues_the_golden_prompts(name: str, truth_of: Callabl
     assert_greedy_explained(best, golden.greedy, golden.gaps, golden.greedy_limits(bound))
 
 
-@pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: f"{case.name}-{case.executor}-{case.dtype}")
+@pytest.mark.parametrize("case", QUICK_CASES, ids=lambda case: f"{case.name}-{case.executor}-{case.dtype}")
 def test_executor_agrees_with_the_golden_results(
     case: Case, folder_of: Callable[[str], Path], truth_of: Callable[[str], Plain]
 ) -> None:

@@ -1,0 +1,111 @@
+import gc
+import weakref
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from hmoe_jax.experts.store import ExpertStore, ExpertTensor, StoreShape
+from hmoe_jax.kernels.moe_experts import moe_experts
+from hmoe_jax.kernels.pool import ThreadPool
+from tests.kernels.expert_case import Batch, Experts
+
+SHAPE = StoreShape(num_layers=2, num_experts=2, hidden=136, ffn=24)
+
+
+@pytest.fixture
+def pool():
+    with ThreadPool() as pool:
+        yield pool
+
+
+def replaced(experts: Experts, index: int, **changes: object) -> list[ExpertTensor]:
+    tensors = list(experts.tensors)
+    tensors[index] = tensors[index]._replace(**changes)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"weight": np.zeros((24, 135), ml_dtypes.float8_e4m3fn)},
+            r"gate: expected shape \(24, 136\), got \(24, 135\)",
+        ),
+        ({"weight": np.zeros((24, 136), np.uint8)}, "layer 0, expert 0, gate: expected dtype float8_e4m3fn, got uint8"),
+        ({"weight": np.zeros((136, 24), ml_dtypes.float8_e4m3fn).T}, "gate: expected a row-major array without gaps"),
+        ({"scale": np.zeros((2, 1), np.float32)}, r"gate scale: expected shape \(1, 2\), got \(2, 1\)"),
+        ({"scale": np.zeros((1, 2), np.float64)}, "gate scale: expected dtype float32, got float64"),
+        ({"scale": None}, "gate: expected 2 float32 scales for .24, 136. in codec fp8_block, got 0 bytes"),
+        ({"layer": 2}, "layer: expected 0 <= layer < 2, got 2"),
+        ({"expert": -1}, "expert: expected 0 <= expert < 2, got -1"),
+        ({"expert": 1}, "layer 0, expert 1, gate: was added before"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(pool, changes, sentence):
+    tensors = replaced(Experts.random(SHAPE, "fp8_block"), 0, **changes)
+    with pytest.raises(ValueError, match=sentence):
+        ExpertStore(tensors, shape=SHAPE, codec="fp8_block", pool=pool)
+
+
+def test_a_missing_tensor_is_named(pool):
+    tensors = [t for t in Experts.random(SHAPE, "bf16").tensors if (t.layer, t.expert, t.matrix) != (1, 0, "down")]
+    with pytest.raises(ValueError, match="1 of 12 matrices are missing, the first is layer 1, expert 0, down"):
+        ExpertStore(tensors, shape=SHAPE, codec="bf16", pool=pool)
+
+
+def test_sizes_must_be_positive(pool):
+    with pytest.raises(ValueError, match="ffn: expected a positive number, got 0"):
+        ExpertStore([], shape=StoreShape(1, 1, 1, 0), codec="bf16", pool=pool)
+
+
+def test_weights_and_scales_may_lie_at_odd_addresses(pool):
+    experts, batch = Experts.random(SHAPE, "fp8_block"), Batch.random(SHAPE, 3, slots=2)
+
+    def shifted(array: np.ndarray) -> np.ndarray:
+        memory = np.empty(array.nbytes + 1, np.uint8)
+        memory[1:] = array.reshape(-1).view(np.uint8)
+        return memory[1:].view(array.dtype).reshape(array.shape)
+
+    odd = [t._replace(weight=shifted(t.weight), scale=shifted(t.scale)) for t in experts.tensors]
+    with experts.store(pool) as aligned, ExpertStore(odd, shape=SHAPE, codec="fp8_block", pool=pool) as unaligned:
+        expected = moe_experts(*batch.operands, layer=1, store=aligned.id)
+        np.testing.assert_array_equal(moe_experts(*batch.operands, layer=1, store=unaligned.id), expected)
+
+
+def test_a_store_reads_mapped_files_and_keeps_them_mapped(pool, tmp_path):
+    experts, batch = Experts.random(SHAPE, "bf16"), Batch.random(SHAPE, 3, slots=2)
+    (tmp_path / "weights").write_bytes(b"".join(t.weight.tobytes() for t in experts.tensors))
+    mapped = np.memmap(tmp_path / "weights", np.uint8, mode="r")
+    pieces = np.split(mapped, len(experts.tensors))
+    tensors = [
+        t._replace(weight=np.asarray(piece).view(t.weight.dtype).reshape(t.weight.shape))
+        for t, piece in zip(experts.tensors, pieces, strict=True)
+    ]
+    store = ExpertStore(tensors, shape=SHAPE, codec="bf16", pool=pool)
+    file = weakref.ref(mapped)
+    del mapped, pieces, tensors
+    gc.collect()
+    assert file() is not None
+    with experts.store(pool) as plain, store:
+        expected = moe_experts(*batch.operands, layer=0, store=plain.id)
+        np.testing.assert_array_equal(moe_experts(*batch.operands, layer=0, store=store.id), expected)
+    gc.collect()
+    assert file() is None
+
+
+def test_a_store_outlives_its_pools_owner():
+    experts, batch = Experts.random(SHAPE, "bf16"), Batch.random(SHAPE, 1, slots=1)
+    with ThreadPool() as pool:
+        store = experts.store(pool)
+    assert np.isfinite(moe_experts(*batch.operands, layer=jnp.int32(0), store=store.id)).all()
+    store.close()
+    store.close()
+
+
+def test_a_store_on_a_closed_pool_is_refused():
+    with ThreadPool() as pool:
+        pass
+    with pytest.raises(ValueError, match=f"thread pool {pool.id} is closed"):
+        Experts.random(SHAPE, "bf16").store(pool)

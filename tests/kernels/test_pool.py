@@ -1,0 +1,68 @@
+import os
+
+import pytest
+
+from hmoe_jax.kernels import _native
+from hmoe_jax.kernels import pool as pool_module
+from hmoe_jax.kernels.pool import ThreadPool, available_isas, cpu_name, resolve_num_threads
+
+
+def test_auto_is_one_thread_per_allowed_cpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(pool_module, "CPU_MAX", tmp_path / "absent")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 8})
+    assert resolve_num_threads("auto") == 3
+
+
+@pytest.mark.parametrize(("quota", "expected"), [("max 100000", 3), ("200000 100000", 2), ("50000 100000", 1)])
+def test_auto_respects_a_cgroup_quota(monkeypatch, tmp_path, quota, expected):
+    (tmp_path / "cpu.max").write_text(quota + "\n")
+    monkeypatch.setattr(pool_module, "CPU_MAX", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 8})
+    assert resolve_num_threads("auto") == expected
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 4])
+def test_numbers_outside_the_allowed_cpus_are_refused(monkeypatch, wrong):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 8})
+    with pytest.raises(ValueError, match=f"expected 1 <= num_threads <= 3, the CPUs of this process, got {wrong}"):
+        resolve_num_threads(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["two", "2", True])
+def test_what_is_not_a_number_is_refused(wrong):
+    with pytest.raises(ValueError, match="num_threads: expected 'auto' or a positive integer, got"):
+        resolve_num_threads(wrong)
+
+
+def test_the_best_isa_is_chosen_and_every_offered_one_can_be_forced():
+    with ThreadPool(1) as pool:
+        assert pool.isa == available_isas()[0]
+    for isa in available_isas():
+        with ThreadPool(1, isa=isa) as pool:
+            assert pool.isa == isa
+
+
+def test_an_unavailable_isa_is_refused_with_those_that_are():
+    for isa in set(_native.all_isa_names()) - set(available_isas()):
+        with pytest.raises(ValueError, match=f"isa '{isa}' is not available on this machine, which offers .*scalar"):
+            ThreadPool(1, isa=isa)
+    with pytest.raises(ValueError, match="isa 'mmx' is unknown: expected auto, avx512_bf16, avx512, avx2, scalar"):
+        ThreadPool(1, isa="mmx")
+
+
+def test_a_closed_pool_says_so():
+    pool = ThreadPool(1)
+    pool.close()
+    pool.close()
+    with pytest.raises(ValueError, match=f"thread pool {pool.id} is closed"):
+        _ = pool.num_threads
+
+
+def test_read_bandwidth_is_a_positive_number(pool):
+    assert pool.read_gbps(megabytes=8) > 0
+    with pytest.raises(ValueError, match="megabytes: expected a positive number, got 0"):
+        pool.read_gbps(megabytes=0)
+
+
+def test_the_processor_has_a_name():
+    assert cpu_name()
