@@ -33,28 +33,33 @@ oracle: $(VENV)/installed-oracle
 
 # The kernels, store and pool under the address and undefined-behaviour sanitizers.
 native-test: $(VENV)/installed-dev
-	$(BIN)/cmake -S . -B build/sanitized -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
-	  -DHMOE_BUILD_PYTHON=OFF -DHMOE_BUILD_TESTS=ON -DHMOE_SANITIZE=address,undefined
-	$(BIN)/cmake --build build/sanitized
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitized -G Ninja -DHMOE_BUILD_PYTHON=OFF \
+	  -DHMOE_BUILD_TESTS=ON -DHMOE_SANITIZE=address,undefined
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitized
 	$(BIN)/ctest --test-dir build/sanitized --output-on-failure
 
 clean:
 	rm -rf $(VENV) build
 
-$(VENV)/installed: pyproject.toml CMakeLists.txt $(shell find ffi -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
+SOURCES = pyproject.toml CMakeLists.txt $(shell find ffi -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
+INSTALL = $(BIN)/python -m pip install --quiet --editable
+
+$(BIN)/python:
 	@$(MAKE) --no-print-directory check-tools
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable .
+
+$(VENV)/installed: $(SOURCES) | $(BIN)/python
+	$(INSTALL) .
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	@touch $@
+$(VENV)/installed-dev: $(SOURCES) | $(BIN)/python
+	$(INSTALL) '.[dev]'
+	@touch $@ $(VENV)/installed
 
-$(VENV)/installed-oracle: $(VENV)/installed-dev
-	$(BIN)/python -m pip install --quiet --editable '.[oracle]'
-	@touch $@
+$(VENV)/installed-oracle: $(SOURCES) | $(BIN)/python
+	$(INSTALL) '.[dev,oracle]'
+	@touch $@ $(VENV)/installed-dev $(VENV)/installed
 
 check-tools:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \

@@ -22,19 +22,20 @@ _OUTPUT = flags.DEFINE_string("output", "", "Markdown file to write, beside what
 
 _TEXT = f"""# Parity with the independent implementation
 
-Written by `scripts/parity.py`. The models are those of `tests/tiny.py`, seven small random checkpoints that cover every
-branch of the mathematics. The oracle is `DeepseekV3ForCausalLM` of `transformers` on PyTorch in FP32, with the stored weights
-expanded in FP32 (`tests/oracle/hf.py`); its results are stored in `tests/golden/`.
+Written by `scripts/parity.py`. The models are those of `tests/tiny.py`, seven small random checkpoints that cover
+every branch of the mathematics. The oracle is `DeepseekV3ForCausalLM` of `transformers` on PyTorch in FP32, with the
+stored weights expanded in FP32 (`tests/oracle/hf.py`); its results are stored in `tests/golden/`.
 
 - **error**: of the 48 tokens of a text, the largest ||ours - oracle|| / ||oracle|| of the logits, both with the same
-  experts; **bound**: what the arithmetic allows (derived in `tests/oracle/bounds.py`). The bound is also checked at every
-  token of eight prompts and their 64-token continuations, through prefill in pieces and batched cached decode.
-- **KL**: mean KL(oracle || ours) in nats per token, with the same experts (at most {MAX_MEAN_KL:.0e}); **free KL**: with the oracle
-  choosing its own experts. In BF16 a router meets near ties, and a random model's experts have nothing in common, so one flip
-  changes a token's logits much more than in a trained model. Every flip is checked to be a near tie by the oracle's scores.
+  experts; **bound**: what the arithmetic allows (derived in `tests/oracle/bounds.py`). The bound is also checked at
+  every token of eight prompts and their 64-token continuations, through prefill in pieces and batched cached decode.
+- **KL**: mean KL(oracle || ours) in nats per token, with the same experts (at most {MAX_MEAN_KL:.0e}); **free KL**:
+  with the oracle choosing its own experts. In BF16 a router meets near ties, and a random model's experts have
+  nothing in common, so one flip changes a token's logits much more than in a trained model. Every flip is checked to
+  be a near tie by the oracle's scores.
 - **rerouted**: tokens of the text with another expert than the oracle's in some layer.
-- **greedy**: tokens equal to the oracle's before the first difference of each prompt. In FP32 a first difference must be a
-  near tie of the oracle's two best tokens.
+- **greedy**: tokens equal to the oracle's before the first difference of each prompt. In FP32 a first difference must
+  be a near tie of the oracle's two best tokens.
 
 """
 

@@ -17,6 +17,7 @@ from absl import flags
 from flags import MODEL, engine_options, print_json, run_main, write_atomically
 from tqdm import tqdm
 
+from hmoe_jax.config import read_config
 from hmoe_jax.exec.batch import DecodeRow, decode_batch, prefill_batch
 from hmoe_jax.exec.open import open_executor
 from hmoe_jax.exec.plan import EngineOptions, Plan
@@ -41,6 +42,7 @@ PREFILLS = 3
 
 
 def main() -> None:
+    read_config(MODEL.value)  # Refuses a wrong --model before the folder is made.
     out = _make_folder(Path(_OUT.value))
     # A cached program keeps the scopes of the source that it was compiled from, not of today's.
     jax.config.update("jax_enable_compilation_cache", False)

@@ -46,8 +46,8 @@ def test_quantize_is_off_by_at_most_one_sixteenth_or_half_a_subnormal_step(seed:
     codes, scale = quantize(weight)
     step = expand(scale, *weight.shape)
     error = np.abs(codes.astype(np.float32) * step - weight)
-    # 3 stored bits of significand: half a step is 2^-4 of the value; subnormals are 2^-9 apart. The quotient's own rounding
-    # can decide a tie the other way: 2^-23.
+    # 3 stored bits of significand: half a step is 2^-4 of the value; subnormals are 2^-9 apart. The quotient's own
+    # rounding can decide a tie the other way: 2^-23.
     assert (error <= np.maximum(np.abs(weight) * 2.0**-4, step * 2.0**-10) * (1 + 2.0**-22)).all()
 
 

@@ -283,9 +283,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_tiny(
-    folder: Path, name: str, *, seed: int = 0, num_shards: int = 1, with_tokenizer: bool = False
-) -> Path:
+def write_tiny(folder: Path, name: str, *, seed: int = 0, num_shards: int = 1, with_tokenizer: bool = False) -> Path:
     """Writes the model `name` of `CONFIGS` as a Hugging Face folder and returns it.
 
     With more than one shard there is an index. The tokenizer maps bytes to ids, without merges: every text has ids
@@ -335,8 +333,7 @@ def _mtp_extras(config: ModelConfig, layer: int) -> list[TensorSpec]:
         "shared_head.head": (v, d),
     }
     return [
-        TensorSpec(f"model.layers.{layer}.{module}.weight", shape, ("BF16", "F32"))
-        for module, shape in shapes.items()
+        TensorSpec(f"model.layers.{layer}.{module}.weight", shape, ("BF16", "F32")) for module, shape in shapes.items()
     ]
 
 
@@ -381,9 +378,7 @@ def _write_shards(folder: Path, tensors: dict[str, np.ndarray], *, num_shards: i
         save_file(part, folder / shard, metadata={"format": "pt"})
         shard_of |= dict.fromkeys(part, shard)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    _write_json(
-        folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": shard_of}
-    )
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": shard_of})
 
 
 def _write_tokenizer(folder: Path) -> None:
@@ -393,9 +388,7 @@ def _write_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<bos>", "<eos>"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(
-        folder / "tokenizer_config.json", {"bos_token": "<bos>", "eos_token": "<eos>", "add_bos_token": True}
-    )
+    _write_json(folder / "tokenizer_config.json", {"bos_token": "<bos>", "eos_token": "<eos>", "add_bos_token": True})
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:

@@ -30,9 +30,9 @@ class ParameterCount:
 
     @property
     def active(self) -> int:
-        """What one token is multiplied with: all but the experts it does not choose and the embedding, of which it reads a row.
+        """What one token is multiplied with: all but the experts it does not choose, and the embedding.
 
-        An embedding that is also the head is multiplied with.
+        Of the embedding it reads a row; one that is also the head is multiplied with.
         """
         looked_up = self.embedding if self.head else 0
         return self.total - self.routed + self.chosen - looked_up

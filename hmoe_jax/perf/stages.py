@@ -119,7 +119,7 @@ def slowest(charged: Mapping[OpKey, float], programs: Mapping[str, Program], *, 
 
 def _charge(charged: dict[OpKey, float], active: Mapping[str, list[_Span]], seconds: float) -> None:
     innermost = [stack[-1] for stack in active.values() if stack]
-    if not innermost:
+    if not innermost or seconds <= 0:
         return
     rank = max(span.rank for span in innermost)
     working = [span for span in innermost if span.rank == rank]

@@ -32,7 +32,9 @@ class Case:
     def up(self, dtype: jnp.dtype = jnp.float32) -> UpProjections:
         return UpProjections(jnp.asarray(self.key, dtype), jnp.asarray(self.value, dtype))
 
-    def decompressed(self, *, chunk_len: int, num_chunks: int | None = None, dtype: jnp.dtype = jnp.float32) -> np.ndarray:
+    def decompressed(
+        self, *, chunk_len: int, num_chunks: int | None = None, dtype: jnp.dtype = jnp.float32
+    ) -> np.ndarray:
         context = context_of(self.latents, self.positions, chunk_len=chunk_len, num_chunks=num_chunks, dtype=dtype)
         return np.asarray(attend_decompressed(self.queries(dtype), self.up(dtype), context, scale=SCALE))
 
@@ -100,8 +102,6 @@ CASES = {
 FP32_TOLERANCE = 128 * 2.0**-24
 
 
-
-
 @cache
 def output(name: str, form: str, chunk_len: int, dtype: str = "float32") -> np.ndarray:
     """What one form makes of a case, in FP32; made once, as each call compiles."""
@@ -123,8 +123,9 @@ def test_absorbed_and_decompressed_agree(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_absorbed_and_decompressed_agree_in_bfloat16(name: str) -> None:
-    # Each form rounds four times on its way (keys or absorbed query, probabilities, values or mixed latents, result), by 2^-9
-    # in the mean square; the two are independent; the worst of some hundreds of elements is within four deviations.
+    # Each form rounds four times on its way (keys or absorbed query, probabilities, values or mixed latents, result),
+    # by 2^-9 in the mean square; the two are independent; the worst of some hundreds of elements is within four
+    # deviations.
     absorbed, decompressed = (output(name, form, 3, "bfloat16") for form in ("absorbed", "decompressed"))
     assert np.abs(absorbed - decompressed).max() <= 4 * 8**0.5 * 2.0**-9 * np.abs(decompressed).max()
 
@@ -168,6 +169,4 @@ def test_absorbed_queries_look_at_their_own_sequence() -> None:
     )
     context = context_of(together.latents, together.positions, chunk_len=4, num_chunks=None, dtype=jnp.float32)
     got = np.asarray(attend_absorbed(together.queries(), together.up(), context, scale=SCALE))
-    np.testing.assert_allclose(
-        got, np.concatenate([first.formula(), second.formula()]), atol=FP32_TOLERANCE
-    )
+    np.testing.assert_allclose(got, np.concatenate([first.formula(), second.formula()]), atol=FP32_TOLERANCE)

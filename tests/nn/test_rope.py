@@ -14,7 +14,7 @@ from tests.nn.configs import tiny
 
 YARNS = {
     "deepseek": YarnConfig(factor=40.0, original_max_len=4096, mscale=1.0, mscale_all_dim=1.0),
-    "kimi": YarnConfig(factor=32.0, original_max_len=4096, beta_fast=1.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0),
+    "kimi": YarnConfig(32.0, 4096, beta_fast=1.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0),
     "narrow": YarnConfig(factor=4.0, original_max_len=16, beta_fast=2.0, beta_slow=1.0, mscale=0.7, mscale_all_dim=1.2),
     "fraction": YarnConfig(factor=10.0, original_max_len=512, beta_fast=20.0, beta_slow=1.5, truncate=False),
     "shrinking": YarnConfig(factor=0.5, original_max_len=64),
@@ -22,10 +22,11 @@ YARNS = {
 
 
 def yarn_frequencies(config: ModelConfig, yarn: YarnConfig) -> list[float]:
-    """arXiv 2309.00071, section 3.2, one pair at a time: kept if it turns beta_fast times, stretched below beta_slow."""
+    """arXiv 2309.00071, section 3.2, pair by pair: kept if it turns beta_fast times, stretched below beta_slow."""
 
     def bound(turns: float) -> float:
-        return config.rope_dim * math.log(yarn.original_max_len / (2 * math.pi * turns)) / (2 * math.log(config.rope_theta))
+        wavelength = yarn.original_max_len / (2 * math.pi * turns)
+        return config.rope_dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
 
     low, high = bound(yarn.beta_fast), bound(yarn.beta_slow)
     if yarn.truncate:
@@ -34,10 +35,8 @@ def yarn_frequencies(config: ModelConfig, yarn: YarnConfig) -> list[float]:
     frequencies = []
     for pair in range(config.rope_dim // 2):
         frequency = config.rope_theta ** (-2 * pair / config.rope_dim)
-        if low == high:
-            stretched = 1.0 if pair > low else 0.0
-        else:
-            stretched = min(max((pair - low) / (high - low), 0.0), 1.0)
+        step = 1.0 if pair > low else 0.0
+        stretched = step if low == high else min(max((pair - low) / (high - low), 0.0), 1.0)
         frequencies.append(frequency * (1 - stretched) + frequency / yarn.factor * stretched)
     return frequencies
 

@@ -1,29 +1,32 @@
 """How far two correct implementations may differ: derived from the arithmetic.
 
-A format with p significant bits rounds a value by at most 2^-p of it, and by 2^-(p+1) in the root mean square: 2^-9 for
-BF16, 2^-25 for FP32. Roundings of different values are independent, so N of them in sequence leave a vector with a relative
-error (2-norm of the difference over 2-norm) of about sqrt(N) times that. What follows counts N; two factors complete it.
+A format with p significant bits rounds a value by at most 2^-p of it, and by 2^-(p+1) in the root mean square: 2^-9
+for BF16, 2^-25 for FP32. Roundings of different values are independent, so N of them in sequence leave a vector with
+a relative error (2-norm of the difference over 2-norm) of about sqrt(N) times that. What follows counts N; two
+factors complete it.
 
-**Gain.** A branch (attention, MLP) passes on the error e of its input enlarged, and is then one part of several in the
-residual stream; over all layers that leaves about the enlargement once. In attention, a score of deviation s between
-two vectors with errors e has the absolute error sqrt(2) s e, which the softmax makes a relative one of the
-probabilities; with the values' own e the branch has sqrt(1 + 2 s^2) e. With unit weights s is what YaRN multiplies the
-scores by: 1 without it, 1.87 for a factor of 40. (An MLP, a product of two factors one of which passes silu, has no more than
-attention at s = 1.) Measured, the root mean square over tokens is 0.8 to 1.0 sqrt(N) at s = 1, and 1.4 sqrt(N) from 1.6 to 1.9.
+**Gain.** A branch (attention, MLP) passes on the error e of its input enlarged, and is then one part of several in
+the residual stream; over all layers that leaves about the enlargement once. In attention, a score of deviation s
+between two vectors with errors e has the absolute error sqrt(2) s e, which the softmax makes a relative one of the
+probabilities; with the values' own e the branch has sqrt(1 + 2 s^2) e. With unit weights s is what YaRN multiplies
+the scores by: 1 without it, 1.87 for a factor of 40. (An MLP, a product of two factors one of which passes silu, has
+no more than attention at s = 1.) Measured, the root mean square over tokens is 0.8 to 1.0 sqrt(N) at s = 1, and 1.4
+sqrt(N) from 1.6 to 1.9.
 
 **Tail.** The sum is a root mean square over tokens; the bound is asked of the worst of hundreds: a factor of 2.
 
-**BF16** (activations; sums are FP32 everywhere and add nothing visible). Stored in BF16 on the way through a layer are, in
-attention: normed input, q_a, its norm, q_b, rotated query, kv_a, its norm, rotated key part, expanded key, expanded
-value, probabilities, mixed values, sum with the residual (13; the absorbed form has as many); in the MLP: normed input, inner
-activation, sum with the residual (3). kv_b is stored rounded where the file is FP8 or FP32 (1), and an FP32 file rounds the
-other seven matrices on the way to a layer's output (7). Around the layers: embedding and final norm (2).
+**BF16** (activations; sums are FP32 everywhere and add nothing visible). Stored in BF16 on the way through a layer
+are, in attention: normed input, q_a, its norm, q_b, rotated query, kv_a, its norm, rotated key part, expanded key,
+expanded value, probabilities, mixed values, sum with the residual (13; the absorbed form has as many); in the MLP:
+normed input, inner activation, sum with the residual (3). kv_b is stored rounded where the file is FP8 or FP32 (1),
+and an FP32 file rounds the other seven matrices on the way to a layer's output (7). Around the layers: embedding and
+final norm (2).
 
-**FP32.** A sum of n products in sequence has partial sums that grow like sqrt(i); their roundings add up to
-2^-25 sqrt(n / 2) of the result. Blocked sums have less. Both sides round, in different order: 2^-25 sqrt(n). A layer
-has at most ten such sums in sequence (q_a, q_b, kv_a, key, scores, value, mix, o; then gate or up, and down). Angles have
-an error of their own: `transformers` takes the powers of theta in FP32, which costs about 2^-23 of a frequency, so
-2^-23 radians per position; it is no random error, and is added as it is.
+**FP32.** A sum of n products in sequence has partial sums that grow like sqrt(i); their roundings add up to 2^-25
+sqrt(n / 2) of the result. Blocked sums have less. Both sides round, in different order: 2^-25 sqrt(n). A layer has at
+most ten such sums in sequence (q_a, q_b, kv_a, key, scores, value, mix, o; then gate or up, and down). Angles have an
+error of their own: `transformers` takes the powers of theta in FP32, which costs about 2^-23 of a frequency, so 2^-23
+radians per position; it is no random error, and is added as it is.
 """
 
 from __future__ import annotations
@@ -54,8 +57,8 @@ def relative_error(config: ModelConfig, dtype: str, *, num_tokens: int) -> float
 def group_regret(relative_error: float) -> float:
     """How far the oracle may score a used group below an unused one.
 
-    A router's logit is off by the relative error of its input times the logits' spread, which `tiny`'s weights make 1. A
-    sigmoid is at most 1/4 steep, and two groups are two scores each.
+    A router's logit is off by the relative error of its input times the logits' spread, which `tiny`'s weights make
+    1. A sigmoid is at most 1/4 steep, and two groups are two scores each.
     """
     return relative_error * 4 / 4
 
@@ -66,7 +69,7 @@ def expert_regret(relative_error: float) -> float:
 
 
 def greedy_gap(relative_error: float, logits: np.ndarray) -> np.ndarray:
-    """The largest gaps `[...]` between the oracle's two best `logits [..., v]` that an error of this size can turn round.
+    """The largest gaps `[...]` between the two best of the oracle's `logits [..., v]` that such an error can turn.
 
     The two logits are off by (a, b) with |(a, b)| <= ||difference||, so their difference by at most sqrt(2) times that.
     """

@@ -55,8 +55,8 @@ def assert_greedy_explained(ours: np.ndarray, oracle: np.ndarray, gaps: np.ndarr
         if differs.any():
             step = int(differs.argmax())
             assert gaps[prompt, step] <= limits[prompt, step], (
-                f"prompt {prompt}, step {step}: token {ours[prompt, step]}, the oracle's {oracle[prompt, step]}; its two "
-                f"best are {gaps[prompt, step]:.3e} apart, explained up to {limits[prompt, step]:.3e}"
+                f"prompt {prompt}, step {step}: token {ours[prompt, step]}, the oracle's {oracle[prompt, step]}; "
+                f"its two best are {gaps[prompt, step]:.3e} apart, explained up to {limits[prompt, step]:.3e}"
             )
 
 

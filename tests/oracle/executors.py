@@ -93,9 +93,7 @@ class Traced:
         ]
         batch = decode_batch(rows, self._executor.layout, size=len(rows), num_slots=self._executor.num_slots)
         logits, experts = map(np.asarray, self._executor.run(decode_traced, batch))
-        return [
-            Trace(batch.tokens[i : i + 1], logits[i : i + 1], experts[:, i : i + 1]) for i in range(len(rows))
-        ]
+        return [Trace(batch.tokens[i : i + 1], logits[i : i + 1], experts[:, i : i + 1]) for i in range(len(rows))]
 
 
 def prefill_traced(model: StepModel, state: DeviceState, batch: PrefillBatch) -> tuple[Any, DeviceState]:

@@ -20,8 +20,8 @@ NUM_GREEDY = 64
 class Golden:
     """One model's results in FP32: logits and experts for a text, and greedy continuations of p prompts.
 
-    `text [t]`, `logits [t, v]`, `experts [m, t, k]`; `prompts [p, longest]` (padded with -1), `greedy [p, n]`, and for each
-    greedy step `gaps [p, n]` between the two best logits and `norms [p, n]` of all logits.
+    `text [t]`, `logits [t, v]`, `experts [m, t, k]`; `prompts [p, longest]` (padded with -1), `greedy [p, n]`, and
+    for each greedy step `gaps [p, n]` between the two best logits and `norms [p, n]` of all logits.
     """
 
     text: np.ndarray
@@ -47,6 +47,4 @@ def load_golden(name: str) -> Golden:
 
 
 def save_golden(name: str, golden: Golden) -> None:
-    np.savez_compressed(
-        FOLDER / f"{name}.npz", **{field.name: getattr(golden, field.name) for field in fields(golden)}
-    )
+    np.savez_compressed(FOLDER / f"{name}.npz", **{field.name: getattr(golden, field.name) for field in fields(golden)})

@@ -1,16 +1,18 @@
 """The independent implementation: `transformers`' DeepSeek-V3 on PyTorch, CPU.
 
-It reads the same files with other libraries and shares no line with `hmoe_jax`. FP8 weights are expanded in FP32, so a
-FP32 run is the exact mathematics of the stored weights, up to FP32 rounding: the truth that everything is compared with.
+It reads the same files with other libraries and shares no line with `hmoe_jax`. FP8 weights are expanded in FP32, so
+a FP32 run is the exact mathematics of the stored weights, up to FP32 rounding: the truth that everything is compared
+with.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +30,8 @@ def load_hf(folder: Path, dtype: torch.dtype) -> DeepseekV3ForCausalLM:
     Raises `ValueError` unless every parameter gets a value and every tensor but those of MTP layers is used.
     """
     fields = json.loads((folder / "config.json").read_text())
-    config = DeepseekV3Config(
-        **{name: value for name, value in fields.items() if name not in _NOT_PASSED},
-        attn_implementation="eager",
-    )
+    config = DeepseekV3Config(**{name: value for name, value in fields.items() if name not in _NOT_PASSED})
+    config._attn_implementation = "eager"
     model = DeepseekV3ForCausalLM(config).eval()
     state = _state(_dequantised(_read_tensors(folder)), config)
     expected = model.state_dict()
@@ -46,26 +46,26 @@ def load_hf(folder: Path, dtype: torch.dtype) -> DeepseekV3ForCausalLM:
 
 
 @torch.inference_mode()
-def hf_logits(model: DeepseekV3ForCausalLM, token_ids: Sequence[int]) -> np.ndarray:
+def hf_logits(model: DeepseekV3ForCausalLM, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
     """Logits `[t, v]` in FP32 after each of the tokens."""
     return model(input_ids=torch.tensor([list(token_ids)])).logits[0].float().numpy()
 
 
 @torch.inference_mode()
-def hf_greedy(model: DeepseekV3ForCausalLM, prompt_ids: Sequence[int], n: int) -> tuple[np.ndarray, np.ndarray]:
+def hf_greedy(
+    model: DeepseekV3ForCausalLM, prompt_ids: Sequence[int] | np.ndarray, n: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The `n` most likely tokens one after the other, and the logits `[n, v]` each was chosen from."""
     tokens, rows = [], []
     output = model(input_ids=torch.tensor([list(prompt_ids)]), use_cache=True)
     for _ in range(n):
         rows.append(output.logits[0, -1].float().numpy())
         tokens.append(int(rows[-1].argmax()))
-        output = model(
-            input_ids=torch.tensor([tokens[-1:]]), past_key_values=output.past_key_values, use_cache=True
-        )
+        output = model(input_ids=torch.tensor([tokens[-1:]]), past_key_values=output.past_key_values, use_cache=True)
     return np.array(tokens, np.int32), np.stack(rows)
 
 
-def hf_routing(model: DeepseekV3ForCausalLM, token_ids: Sequence[int]) -> Routing:
+def hf_routing(model: DeepseekV3ForCausalLM, token_ids: Sequence[int] | np.ndarray) -> Routing:
     """The routing of a pass over `token_ids`."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     hooks = [
@@ -89,8 +89,8 @@ def forced_routing(model: DeepseekV3ForCausalLM, ids: np.ndarray) -> Iterator[No
     With the choice taken out of the comparison, what differs is arithmetic alone, and a bound on it can be tight.
     """
 
-    def imposed(layer_ids: np.ndarray):
-        def hook(gate, inputs, output):
+    def imposed(layer_ids: np.ndarray) -> Callable[..., tuple]:
+        def hook(gate: Any, inputs: tuple, output: tuple) -> tuple:
             logits, chosen = output[0], torch.tensor(layer_ids).long()
             weights = logits.sigmoid().gather(1, chosen)
             if gate.norm_topk_prob:
@@ -99,9 +99,7 @@ def forced_routing(model: DeepseekV3ForCausalLM, ids: np.ndarray) -> Iterator[No
 
         return hook
 
-    hooks = [
-        gate.register_forward_hook(imposed(layer_ids)) for gate, layer_ids in zip(_gates(model), ids, strict=True)
-    ]
+    hooks = [gate.register_forward_hook(imposed(layer_ids)) for gate, layer_ids in zip(_gates(model), ids, strict=True)]
     try:
         yield
     finally:
@@ -113,11 +111,11 @@ _NOT_PASSED = ("architectures", "quantization_config", "num_nextn_predict_layers
 """The weights are expanded here, MTP layers are not built, and the precision is `load_hf`'s argument."""
 
 
-def _choice(gate: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:
+def _choice(gate: Any, logits: torch.Tensor) -> torch.Tensor:
     return logits.sigmoid() + gate.e_score_correction_bias
 
 
-def _gates(model: DeepseekV3ForCausalLM) -> list[torch.nn.Module]:
+def _gates(model: DeepseekV3ForCausalLM) -> list[Any]:
     return [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
 
 

@@ -55,7 +55,7 @@ ALL_CASES = [
 ]
 
 QUICK_CASES = [case for case in ALL_CASES if case.executor == "fused" or case.dtype == "float32"]
-"""Both executors, both precisions, every model; compiling is what takes the time, so the rest is for `scripts/parity.py`."""
+"""Both executors, both precisions, every model. Compiling takes the time, so the rest is for `scripts/parity.py`."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ def load_truth(folder: Path) -> Plain:
 def measure(case: Case, folder: Path, golden: Golden, truth: Plain) -> Parity:
     """Runs the text and the greedy continuations, and asserts that all is as near to the oracle as arithmetic allows.
 
-    Experts that differ from the oracle's must be near ties by the oracle's scores; with these experts imposed on it, the
-    oracle's logits must be near ours at every token of the text and of every continuation. In FP32 the continuations
-    must also be the stored ones, up to a near tie of the two best tokens.
+    Experts that differ from the oracle's must be near ties by the oracle's scores; with these experts imposed on it,
+    the oracle's logits must be near ours at every token of the text and of every continuation. In FP32 the
+    continuations must also be the stored ones, up to a near tie of the two best tokens.
     """
     with Traced(
         folder,

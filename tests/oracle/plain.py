@@ -66,8 +66,8 @@ class Plain:
         if forced is not None:
             experts[:, :num_tokens] = forced
         logits, chosen, choice = self._run(self._weights, self._experts, ids, experts)
-        routing = Routing(self.config.num_groups, np.asarray(chosen[:, :num_tokens]), np.asarray(choice[:, :num_tokens]))
-        return np.asarray(logits[:num_tokens]), routing
+        chosen, choice = np.asarray(chosen)[:, :num_tokens], np.asarray(choice)[:, :num_tokens]
+        return np.asarray(logits)[:num_tokens], Routing(self.config.num_groups, chosen, choice)
 
 
 def _run(

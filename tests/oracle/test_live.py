@@ -1,4 +1,4 @@
-"""The independent implementation itself, where it is installed: against the golden files and against the plain model."""
+"""The independent implementation itself, where it is installed: against golden files and the plain model."""
 
 from __future__ import annotations
 
@@ -28,11 +28,13 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def live(name: str, folder_of: Callable[[str], Path]):
+def live(name: str, folder_of: Callable[[str], Path]) -> hf.DeepseekV3ForCausalLM:
     return hf.load_hf(folder_of(name), torch.float32)
 
 
-def test_golden_files_are_what_the_oracle_says(name: str, live, truth_of: Callable[[str], Plain]) -> None:
+def test_golden_files_are_what_the_oracle_says(
+    name: str, live: hf.DeepseekV3ForCausalLM, truth_of: Callable[[str], Plain]
+) -> None:
     golden, config = load_golden(name), truth_of(name).config
     bound = bounds.relative_error(config, "float32", num_tokens=MAX_TOKENS)
     assert_logits_close(hf.hf_logits(live, golden.text), golden.logits, bound=bound)
@@ -45,7 +47,9 @@ def test_golden_files_are_what_the_oracle_says(name: str, live, truth_of: Callab
     assert (np.abs(top_two_gaps(logits) - golden.gaps) <= limits).all()
 
 
-def test_cached_decode_of_the_oracle_is_its_whole_pass(name: str, live, truth_of: Callable[[str], Plain]) -> None:
+def test_cached_decode_of_the_oracle_is_its_whole_pass(
+    name: str, live: hf.DeepseekV3ForCausalLM, truth_of: Callable[[str], Plain]
+) -> None:
     golden = load_golden(name)
     bound = bounds.relative_error(truth_of(name).config, "float32", num_tokens=MAX_TOKENS)
     tokens, logits = hf.hf_greedy(live, golden.prompt_ids[3], 4)
@@ -56,7 +60,7 @@ def test_cached_decode_of_the_oracle_is_its_whole_pass(name: str, live, truth_of
 
 
 def test_plain_bfloat16_agrees_with_the_oracle_on_the_same_experts(
-    name: str, live, folder_of: Callable[[str], Path]
+    name: str, live: hf.DeepseekV3ForCausalLM, folder_of: Callable[[str], Path]
 ) -> None:
     golden = load_golden(name)
     plain = Plain(folder_of(name), jnp.bfloat16, max_tokens=len(golden.text))
