@@ -54,7 +54,7 @@ def perplexity(engine: Engine, text: str, *, window: int | None = None, use_tqdm
 
 
 def split_windows(ids: Sequence[int], *, bos_id: int | None, window: int) -> list[list[int]]:
-    """Pieces of at most `window` tokens, each begun with `bos_id`, or without one with the last token of the piece before."""
+    """Pieces of at most `window` tokens, begun with `bos_id`, or without one with the token before the piece."""
     if window < 2:
         raise ValueError(f"window must be at least 2 tokens, got {window}")
     if len(ids) < (1 if bos_id is not None else 2):

@@ -32,6 +32,7 @@ class SamplerState:
     repetition: Float32[AnyArray, " *s"]
     min_tokens: Int32[AnyArray, " *s"]
     drawn: Int32[AnyArray, " *s"]
+    wants_logprobs: Bool[AnyArray, " *s"]
     seed: UInt32[AnyArray, "*s 2"]
     counts: Int32[AnyArray, "*s v"]
     in_prompt: Bool[AnyArray, "*s v"]
@@ -44,7 +45,8 @@ class SamplerState:
 class Sampled:
     """The drawn tokens, and the log-probabilities of the model itself (before penalties and temperature).
 
-    `rank` 1 is the most probable token. `top_ids` and `top_logprobs` are best first.
+    `rank` 1 is the most probable token. `top_ids` and `top_logprobs` are best first. All but the tokens are zero if no
+    row of the step wants log-probabilities.
     """
 
     tokens: Int32[AnyArray, " b"]
@@ -88,6 +90,7 @@ def sampler_row(
         repetition=np.array(params.repetition_penalty, np.float32),
         min_tokens=np.array(params.min_tokens, np.int32),
         drawn=np.array(0, np.int32),
+        wants_logprobs=np.array(params.logprobs is not None),
         seed=np.array([(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32),
         counts=np.zeros(vocab_size, np.int32),
         in_prompt=mask(prompt_ids),
@@ -114,7 +117,7 @@ def sample(
         new_state = SamplerState(
             **{field.name: getattr(state, field.name) for field in fields(state)} | {"counts": counts, "drawn": drawn}
         )
-        return report(logits, tokens), new_state
+        return lax.cond(jnp.any(rows.wants_logprobs), report, _report_nothing, logits, tokens), new_state
 
 
 def report(logits: Float32[Array, "b v"], tokens: Int32[Array, " b"]) -> Sampled:
@@ -124,6 +127,13 @@ def report(logits: Float32[Array, "b v"], tokens: Int32[Array, " b"]) -> Sampled
     top_logprobs, top_ids = lax.top_k(log_probs, min(MAX_LOGPROBS, logits.shape[-1]))
     rank = 1 + jnp.sum(log_probs > chosen, axis=-1, dtype=jnp.int32)
     return Sampled(tokens, chosen[:, 0], rank, top_ids, top_logprobs)
+
+
+def _report_nothing(logits: Float32[Array, "b v"], tokens: Int32[Array, " b"]) -> Sampled:
+    """What `report` returns, without looking at the logits: half of a greedy sampler's time is spent there."""
+    (b,), n = tokens.shape, min(MAX_LOGPROBS, logits.shape[-1])
+    no_ids, no_logprobs = jnp.zeros((b, n), jnp.int32), jnp.zeros((b, n), jnp.float32)
+    return Sampled(tokens, jnp.zeros(b, jnp.float32), jnp.zeros(b, jnp.int32), no_ids, no_logprobs)
 
 
 def _is_adjusted(rows: SamplerState) -> Bool[Array, ""]:

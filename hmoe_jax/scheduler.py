@@ -49,6 +49,10 @@ class Scheduler:
         return bool(self._waiting or self._running)
 
     @property
+    def num_free_slots(self) -> int:
+        return len(self._free_slots)
+
+    @property
     def num_free_pages(self) -> int:
         return self._pages.num_free
 

@@ -82,6 +82,7 @@ class _Measured:
     tokens: int
     untraced_s: float
     recording: bytes
+    steps: list[trace.Step]
     num_bytes: Mapping[str, int]
 
 
@@ -195,11 +196,11 @@ def _time_and_record(
     expert_bytes = (after - before) // count if before is not None and after is not None else None
     num_bytes = stage_bytes(loads(), expert_bytes=expert_bytes)
     recording = trace.record(name, call, num_steps=count)
-    return _Measured(name, tokens, statistics.median(seconds), recording, num_bytes)
+    return _Measured(name, tokens, statistics.median(seconds), recording, trace.read_steps(recording), num_bytes)
 
 
 def _profile(measured: _Measured, modules: Mapping[str, Program], limit_gbps: float) -> Profile:
-    charged = mean_op_seconds(trace.read_steps(measured.recording), modules)
+    charged = mean_op_seconds(measured.steps, modules)
     return Profile(
         name=measured.name,
         tokens=measured.tokens,
@@ -257,8 +258,7 @@ def _write_trace(out: Path, measured: _Measured, modules: Mapping[str, Program])
     """The profiler's own file where TensorBoard looks for it, and one in the source's words for ui.perfetto.dev."""
     folder = _make_folder(out / "trace" / "plugins" / "profile" / measured.name)
     write_atomically(folder / "host.xplane.pb", measured.recording)
-    steps = trace.read_steps(measured.recording)
-    write_atomically(out / "trace" / f"{measured.name}.json.gz", timeline.to_json_gz(steps, modules))
+    write_atomically(out / "trace" / f"{measured.name}.json.gz", timeline.to_json_gz(measured.steps, modules))
 
 
 def _write_report(out: Path, profiles: Sequence[Profile], setting: dict[str, Any]) -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32, UInt
 
 from hmoe_jax.architectures import deepseek_v3
 from hmoe_jax.architectures.deepseek_v3 import RoutedExperts, Tokens, Weights
@@ -23,7 +24,7 @@ from hmoe_jax.sampling import Sampled, SamplerState, report, sample
 class DeviceState:
     """What a step changes, all of it donated: one cache per layer, and the sampler's rows."""
 
-    caches: tuple[Float[Array, "pages slots w"], ...]
+    caches: tuple[UInt[Array, "pages slots w"], ...]
     sampler: SamplerState
 
 
@@ -102,7 +103,7 @@ def _prefill_hidden(model: StepModel, state: DeviceState, batch: PrefillBatch) -
 
     def attend(cache: Array, queries: Queries, up: UpProjections, latents: Array) -> tuple[Array, Array]:
         cache = write_latents(cache, tables, positions, tokens.valid, latents)
-        context = _context(model.layout, cache, batch.table, positions)
+        context = _context(model.layout, cache, batch.table, positions, latents.dtype)
         return attend_decompressed(queries, up, context, scale=model.config.softmax_scale), cache
 
     return deepseek_v3.forward(model.config, model.weights, tokens, state.caches, attend, model.experts)
@@ -113,7 +114,7 @@ def _decode_logits(model: StepModel, state: DeviceState, batch: DecodeBatch) -> 
 
     def attend(cache: Array, queries: Queries, up: UpProjections, latents: Array) -> tuple[Array, Array]:
         cache = write_latents(cache, batch.tables, batch.positions, batch.valid, latents)
-        context = _context(model.layout, cache, batch.tables, batch.positions)
+        context = _context(model.layout, cache, batch.tables, batch.positions, latents.dtype)
         return attend_absorbed(queries, up, context, scale=model.config.softmax_scale), cache
 
     hidden, caches, routes = deepseek_v3.forward(
@@ -122,9 +123,11 @@ def _decode_logits(model: StepModel, state: DeviceState, batch: DecodeBatch) -> 
     return deepseek_v3.logits(model.weights, hidden), caches, routes
 
 
-def _context(layout: CacheLayout, cache: Array, tables: Int32[Array, "*b p"], positions: Int32[Array, " t"]) -> Context:
+def _context(
+    layout: CacheLayout, cache: Array, tables: Int32[Array, "*b p"], positions: Int32[Array, " t"], dtype: DTypeLike
+) -> Context:
     return Context(
-        chunk=lambda index: read_chunk(cache, tables, index, chunk_pages=layout.chunk_pages),
+        chunk=lambda index: read_chunk(cache, tables, index, chunk_pages=layout.chunk_pages, dtype=dtype),
         chunk_len=layout.chunk_len,
         num_chunks=positions.max() // layout.chunk_len + 1,
         positions=positions,

@@ -1,6 +1,9 @@
 """Paged storage of latents: a pool that hands out page numbers, and the arrays that they index.
 
 Page 0 belongs to nobody: padding is written there, and unused places of a page table point at it.
+
+The arrays hold the latents' bits as unsigned integers. XLA:CPU would update a BF16 array by widening all of it to FP32
+and back, at every layer of every step, so that a step cost the size of the cache instead of the length of the context.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, UInt
 
 SCRATCH_PAGE = 0
 
@@ -42,10 +45,10 @@ class CacheLayout:
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
-    def allocate(self, dtype: DTypeLike) -> tuple[Float[Array, "pages slots w"], ...]:
-        """One zeroed array per layer."""
+    def allocate(self, dtype: DTypeLike) -> tuple[UInt[Array, "pages slots w"], ...]:
+        """One zeroed array per layer, for latents of `dtype`."""
         shape = (self.num_pages, self.page_size, self.latent_dim)
-        return tuple(jnp.zeros(shape, dtype) for _ in range(self.num_layers))
+        return tuple(jnp.zeros(shape, _bits_dtype(dtype)) for _ in range(self.num_layers))
 
 
 class PagePool:
@@ -77,26 +80,32 @@ class PagePool:
 
 
 def write_latents(
-    cache: Float[Array, "pages slots w"],
+    cache: UInt[Array, "pages slots w"],
     tables: Int32[Array, "t p"],
     positions: Int32[Array, " t"],
     valid: Bool[Array, " t"],
     latents: Float[Array, "t w"],
-) -> Float[Array, "pages slots w"]:
+) -> UInt[Array, "pages slots w"]:
     """The cache with token i's latents at `positions[i]` of the sequence whose table is `tables[i]`."""
     page_size = cache.shape[1]
     pages = jnp.take_along_axis(tables, positions[:, None] // page_size, axis=1)[:, 0]
-    return cache.at[jnp.where(valid, pages, SCRATCH_PAGE), positions % page_size].set(latents.astype(cache.dtype))
+    bits = jax.lax.bitcast_convert_type(latents, cache.dtype)
+    return cache.at[jnp.where(valid, pages, SCRATCH_PAGE), positions % page_size].set(bits)
 
 
 def read_chunk(
-    cache: Float[Array, "pages slots w"],
+    cache: UInt[Array, "pages slots w"],
     tables: Int32[Array, "*b p"],
     index: Int32[Array, ""],
     *,
     chunk_pages: int,
+    dtype: DTypeLike,
 ) -> Float[Array, "*b s w"]:
-    """Chunk `index` of every sequence: positions `index*s` to `index*s + s - 1`."""
+    """Chunk `index` of every sequence, as `dtype`: positions `index*s` to `index*s + s - 1`."""
     pages = jax.lax.dynamic_slice_in_dim(tables, index * chunk_pages, chunk_pages, axis=-1)
-    latents = cache[pages]
+    latents = jax.lax.bitcast_convert_type(cache[pages], dtype)
     return latents.reshape(*tables.shape[:-1], chunk_pages * cache.shape[1], cache.shape[2])
+
+
+def _bits_dtype(dtype: DTypeLike) -> jnp.dtype:
+    return jnp.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}")

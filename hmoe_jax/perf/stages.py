@@ -56,13 +56,13 @@ class _Span:
 
 
 def op_seconds(step: Step, programs: Mapping[str, Program]) -> dict[OpKey, float]:
-    """Every moment of a step charged once: the values add up to `step.duration_s`. `programs` are by module name; what
-    others run is `HOST`.
+    """Every moment of a step charged once: the values add up to `step.duration_s`. `programs` are by module name.
 
     A moment belongs to the innermost operation of each thread, in equal parts if several threads work; a loop or a
-    branch is charged only while nothing inside it runs. The keys ("", `BETWEEN`) and ("", `HOST`) take the rest.
+    branch is charged only while nothing inside it runs. The keys ("", `BETWEEN`) and ("", `HOST`) take the rest, and
+    what programs run that are not in `programs`.
     """
-    ops = [op for op in step.ops if op.module in programs]
+    ops = [op for op in step.ops if op.module in programs and op.end_s > op.start_s]
     spans = [_Span(("", HOST), _Rank.STEP, "", step.start_s, step.end_s), *_runs(ops, step)]
     spans += [_op_span(op, step, programs[op.module]) for op in ops]
     # At one moment ends come first, and of several beginnings the longest one: it contains the others.
@@ -79,7 +79,7 @@ def op_seconds(step: Step, programs: Mapping[str, Program]) -> dict[OpKey, float
         stack = active[spans[index].thread]
         if is_start:
             stack.append(spans[index])
-        elif spans[index] in stack:
+        else:
             stack.remove(spans[index])
     return dict(charged)
 

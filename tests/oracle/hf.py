@@ -31,8 +31,8 @@ def load_hf(folder: Path, dtype: torch.dtype) -> DeepseekV3ForCausalLM:
     """
     fields = json.loads((folder / "config.json").read_text())
     config = DeepseekV3Config(**{name: value for name, value in fields.items() if name not in _NOT_PASSED})
-    config._attn_implementation = "eager"
     model = DeepseekV3ForCausalLM(config).eval()
+    model.set_attn_implementation("eager")
     state = _state(_dequantised(_read_tensors(folder)), config)
     expected = model.state_dict()
     if missing := sorted(expected.keys() ^ state.keys()):
@@ -79,7 +79,7 @@ def hf_routing(model: DeepseekV3ForCausalLM, token_ids: Sequence[int] | np.ndarr
             hook.remove()
     ids = torch.stack([ids for ids, _ in seen]).numpy().astype(np.int32)
     choice = torch.stack([choice for _, choice in seen]).numpy()
-    return Routing(model.config.n_group, ids, choice)
+    return Routing(model.config.n_group or 1, ids, choice)
 
 
 @contextmanager

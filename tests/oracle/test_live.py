@@ -21,6 +21,8 @@ pytest.importorskip("transformers", reason="the live oracle needs transformers: 
 
 from tests.oracle import hf  # noqa: E402 - imports both
 
+torch.set_num_threads(1)  # matrices this small lose more to the hand-over than they gain
+
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def name(request: pytest.FixtureRequest) -> str:

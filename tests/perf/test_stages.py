@@ -54,6 +54,10 @@ def test_operations_that_begin_together_are_nested_by_length() -> None:
     assert _seconds(_op("a.1", 0, 1), _op("loop", 0, 10))["loop"] == 9
 
 
+def test_an_operation_without_duration_is_charged_nothing() -> None:
+    assert _seconds(_op("a.1", 0, 10), _op("a.2", 4, 4)) == {"a.1": 10}
+
+
 def test_programs_that_nobody_asked_about_are_the_host() -> None:
     assert _seconds(_op("a.1", 2, 3, module="jit_other")) == {HOST: 10}
 
