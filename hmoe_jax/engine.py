@@ -30,7 +30,7 @@ from hmoe_jax.sampling_params import SamplingParams
 from hmoe_jax.scheduler import Decode, Prefill, Scheduler
 from hmoe_jax.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int | np.integer]
 """Text, or token ids."""
 
 
@@ -157,8 +157,7 @@ class Engine:
         self.close()
 
     def _warm_up(self, use_tqdm: bool) -> None:
-        row = sampler_row(self.default_sampling_params, self.config.vocab_size, prompt_ids=(), stop_ids=(), seed=0)
-        jobs = self._executor.warm_up(row)
+        jobs = self._executor.warm_up()
         for job in tqdm(jobs, desc="compiling", unit="program", disable=None if use_tqdm else True):
             job()
 
@@ -340,7 +339,7 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _as_ids(prompt: Sequence[int]) -> list[int]:
+def _as_ids(prompt: Sequence[int | np.integer]) -> list[int]:
     if any(isinstance(i, bool) or not isinstance(i, int | np.integer) for i in prompt):
         raise ValueError(f"a prompt is text or a list of token ids, got {prompt!r}")
     return [int(i) for i in prompt]

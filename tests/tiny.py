@@ -113,7 +113,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         quantization_config=FP8,
         torch_dtype="bfloat16",
     ),
-    # Kimi-K2 in small: beta_fast == beta_slow (a ramp of width zero), one group, another theta and factor.
+    # Kimi-K2 in small: beta_fast == beta_slow (the ramp is a step), one group, another theta and factor.
     "kimi": _fields(
         vocab_size=307,
         hidden_size=136,
@@ -134,7 +134,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         qk_nope_head_dim=20,
         qk_rope_head_dim=12,
         v_head_dim=14,
-        max_position_embeddings=768,
+        max_position_embeddings=3072,
         rope_theta=50000.0,
         rope_scaling={
             "type": "yarn",
@@ -143,7 +143,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "beta_slow": 1.0,
             "mscale": 1.0,
             "mscale_all_dim": 1.0,
-            "original_max_position_embeddings": 24,
+            "original_max_position_embeddings": 96,
         },
         tie_word_embeddings=False,
         num_nextn_predict_layers=0,
@@ -186,7 +186,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         tie_word_embeddings=False,
         dtype="float32",
     ),
-    # mscale_all_dim absent, pairs rotated as halves, only the last layer has experts, more than one eligible group.
+    # mscale_all_dim absent, pairs rotated as halves, only the last layer has experts, more than one eligible group; and
+    # a norm_eps large enough to show in the wrong place, as MLA's inner norms do not take it.
     "halves": _fields(
         vocab_size=283,
         hidden_size=104,
@@ -211,6 +212,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         rope_theta=10000.0,
         rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48},
         rope_interleave=False,
+        rms_norm_eps=1e-3,
         tie_word_embeddings=False,
         torch_dtype="bfloat16",
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ KV_SHARE = 0.25
 SMALLEST_PREFILL = 32
 
 
+@no_type_check  # for run-time checkers: wrong types get the same ValueError under pytest as elsewhere
 @dataclass(frozen=True)
 class EngineOptions:
     """The user's wishes; "auto" and None leave the choice to `resolve`. Raises `ValueError` naming the option."""

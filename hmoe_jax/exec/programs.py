@@ -15,7 +15,8 @@ from hmoe_jax.exec.backend import ExpertBackend
 from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch, decode_batch, prefill_batch
 from hmoe_jax.exec.plan import Plan
 from hmoe_jax.exec.step import DeviceState, StepModel, StepOutput, decode, prefill, prefill_scored
-from hmoe_jax.sampling import SamplerState, empty_state, set_row
+from hmoe_jax.sampling import SamplerState, empty_state, sampler_row, set_row
+from hmoe_jax.sampling_params import SamplingParams
 
 StepFunction = Callable[[StepModel, DeviceState, Any], tuple[Any, DeviceState]]
 
@@ -57,7 +58,7 @@ class Executor:
         output, self._state = self._program(function, batch)(self._weights, self._backend.operand, self._state, batch)
         return output
 
-    def warm_up(self, row: SamplerState) -> list[Callable[[], object]]:
+    def warm_up(self) -> list[Callable[[], object]]:
         """One job for each program that serving can need; after all have run, nothing compiles any more."""
         programs: list[tuple[StepFunction, PrefillBatch | DecodeBatch]] = [
             *((prefill, self.empty_prefill(size)) for size in self.buckets.prefill),
@@ -65,6 +66,8 @@ class Executor:
             *((decode, self.empty_decode(size)) for size in self.buckets.decode),
         ]
         compile_jobs = [partial(self._program, function, batch) for function, batch in programs]
+        greedy = SamplingParams(temperature=0.0)
+        row = sampler_row(greedy, self.config.vocab_size, prompt_ids=(), stop_ids=(), seed=0)
         return [*compile_jobs, partial(self.admit, 0, row)]
 
     @property
@@ -81,6 +84,9 @@ class Executor:
         return decode_batch([], self.layout, size=size, num_slots=self.num_slots)
 
     def close(self) -> None:
+        """Frees the arrays at once, whoever still refers to the executor, and what its backend owns."""
+        for array in jax.tree.leaves((self._weights, self._backend.operand, self._state)):
+            array.delete()
         self._on_close()
 
     def _program(self, function: StepFunction, batch: PrefillBatch | DecodeBatch) -> Callable[..., Any]:

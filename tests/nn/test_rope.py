@@ -17,6 +17,7 @@ YARNS = {
     "kimi": YarnConfig(32.0, 4096, beta_fast=1.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0),
     "narrow": YarnConfig(factor=4.0, original_max_len=16, beta_fast=2.0, beta_slow=1.0, mscale=0.7, mscale_all_dim=1.2),
     "fraction": YarnConfig(factor=10.0, original_max_len=512, beta_fast=20.0, beta_slow=1.5, truncate=False),
+    "no width": YarnConfig(8.0, 512, beta_fast=2.0, beta_slow=2.0, truncate=False),
     "shrinking": YarnConfig(factor=0.5, original_max_len=64),
 }
 

@@ -1,0 +1,74 @@
+"""The engine with experts in native kernels, on a block-FP8 model. (What the numbers must be: see `tests/oracle`.)"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from hmoe_jax.engine import Engine
+from hmoe_jax.outputs import CompletionOutput
+from hmoe_jax.sampling_params import SamplingParams
+from tests.serving import assert_idle, drawn, greedy
+from tests.tiny import random_ids, write_tiny
+
+MODEL = "deepseek"
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """Programs are compiled when first needed."""
+    folder = write_tiny(tmp_path_factory.mktemp("fused"), MODEL, with_tokenizer=True)
+    with Engine(
+        folder,
+        max_num_seqs=4,
+        max_model_len=300,
+        max_prefill_tokens=32,
+        warm_up=False,
+        compilation_cache=None,
+        use_tqdm=False,
+    ) as engine:
+        yield engine
+        assert_idle(engine)
+
+
+def ids(length: int, seed: int = 0) -> list[int]:
+    return random_ids(MODEL, length, seed=seed).tolist()
+
+
+def run(engine: Engine, prompts: list[list[int]], params: list[SamplingParams]) -> list[CompletionOutput]:
+    return [output.outputs[0] for output in engine.generate(prompts, params, use_tqdm=False)]
+
+
+def test_bf16_on_the_cpu_is_served_by_native_kernels(fused: Engine) -> None:
+    assert fused.plan.executor == "fused"
+    assert fused.plan.reasons["executor"].startswith("fused: routed experts in native kernels")
+
+
+def test_kernels_read_only_the_chosen_experts_once_per_step(fused: Engine) -> None:
+    config = fused.config
+    before = fused.expert_stats()
+    run(fused, [ids(1)], [greedy(9)])
+    after = fused.expert_stats()
+    assert after.calls - before.calls == 9 * config.num_moe_layers
+    # One FP8 byte per weight; their scales, one per block of 128 x 128, come on top.
+    weights = 3 * config.hidden_size * config.expert_ffn
+    per_expert = (after.expert_bytes - before.expert_bytes) / (9 * config.num_moe_layers * config.top_k)
+    assert weights <= per_expert <= weights * 1.01
+
+
+def test_companions_of_a_request_do_not_change_a_bit_of_it(fused: Engine) -> None:
+    # Always four in a batch, so that the same programs run; what the other rows hold must not matter.
+    mine, params = ids(45), drawn(10, seed=5, logprobs=3, return_routed_experts=True)
+    first, *_ = run(fused, [mine, ids(7, 1), ids(20, 2), ids(31, 3)], [params] + [greedy(10)] * 3)
+    *_, second = run(fused, [ids(60, 4), ids(3, 5), ids(32, 6), mine], [drawn(14, seed=i) for i in range(3)] + [params])
+    assert second.token_ids == first.token_ids
+    assert second.logprobs == first.logprobs
+    np.testing.assert_array_equal(second.routed_experts, first.routed_experts)
+
+
+def test_a_prompt_of_two_chunks_is_continued(fused: Engine) -> None:
+    (output,) = run(fused, [ids(255)], [greedy(6, return_routed_experts=True)])
+    assert len(output.token_ids) == 6
+    assert output.routed_experts.shape == (260, fused.config.num_moe_layers, fused.config.top_k)

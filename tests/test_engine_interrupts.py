@@ -1,0 +1,158 @@
+"""Requests that do not end by themselves: closed streams, Ctrl-C, failing steps, closed engines.
+
+That nothing is held afterwards is checked by the fixture `engine`, after every test.
+"""
+
+from __future__ import annotations
+
+import gc
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from hmoe_jax.engine import Engine
+from tests.serving import NUM_SLOTS, assert_idle, drawn, greedy, prompt, tokens
+from tests.tiny import write_tiny
+
+REQUEST = ([prompt(40)], drawn(8, seed=21))
+
+
+@pytest.fixture
+def before_step(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """Makes step number n of the test (from 0) call a function first; from then on steps are as always."""
+    step, num_steps = engine._executor.step, 0
+
+    def install(number: int, action: Callable[[], object]) -> None:
+        def patched(*args: Any, **kwargs: Any) -> Any:
+            nonlocal num_steps
+            num_steps += 1
+            if num_steps - 1 == number:
+                action()
+            return step(*args, **kwargs)
+
+        monkeypatch.setattr(engine._executor, "step", patched)
+
+    return install
+
+
+def interrupt_main_thread() -> None:
+    """What the terminal does at Ctrl-C."""
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_closing_a_stream_aborts_its_request(engine: Engine) -> None:
+    stream = engine.stream(prompt(6), greedy(50))
+    next(stream)
+    assert not engine._scheduler.num_free_slots == NUM_SLOTS
+    stream.close()
+    assert_idle(engine)
+
+
+def test_a_stream_can_be_dropped_inside_a_long_prompt(engine: Engine) -> None:
+    stream = engine.stream(prompt(100), drawn(5, seed=1, n=3))
+    next(stream)
+    del stream
+    assert_idle(engine)
+
+
+def test_a_stream_that_is_never_read_holds_nothing(engine: Engine) -> None:
+    stream = engine.stream(prompt(6), greedy(5))
+    assert_idle(engine)
+    stream.close()
+
+
+def test_a_stream_that_still_waits_for_a_slot_can_be_closed(engine: Engine) -> None:
+    streams = [engine.stream(prompt(6, seed=i), greedy(50)) for i in range(NUM_SLOTS + 1)]
+    for stream in streams:
+        next(stream)
+    assert not engine._scheduler.num_free_slots
+    streams.pop().close()
+    for stream in streams:
+        stream.close()
+
+
+def test_closing_one_stream_does_not_touch_another(engine: Engine) -> None:
+    want = tokens(engine.generate(*REQUEST, use_tqdm=False))
+    other, mine = engine.stream(prompt(50), greedy(50)), engine.stream(REQUEST[0][0], REQUEST[1])
+    next(mine)
+    next(other)
+    next(mine)
+    other.close()
+    assert tokens([list(mine)[-1]]) == want
+
+
+@pytest.mark.parametrize("action", [interrupt, interrupt_main_thread], ids=["raised", "signal"])
+@pytest.mark.parametrize("number", [0, 1, 5])
+def test_ctrl_c_in_generate_leaves_the_engine_as_it_was(
+    engine: Engine, before_step: Callable, number: int, action: Callable[[], object]
+) -> None:
+    want = tokens(engine.generate(*REQUEST, use_tqdm=False))
+    before_step(number, action)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([prompt(33), prompt(4)] * 8, greedy(30), use_tqdm=False)
+    assert_idle(engine)
+    assert tokens(engine.generate(*REQUEST, use_tqdm=False)) == want
+
+
+def test_ctrl_c_of_one_request_does_not_touch_another(engine: Engine, before_step: Callable) -> None:
+    # The signal comes while a step computes for both.
+    want = tokens(engine.generate(*REQUEST, use_tqdm=False))
+    other = engine.stream(REQUEST[0][0], REQUEST[1])
+    next(other)
+    before_step(4, interrupt_main_thread)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([prompt(6)], greedy(30), use_tqdm=False)
+    assert tokens([list(other)[-1]]) == want
+
+
+def test_a_failing_step_is_reported_and_frees_the_request(engine: Engine, before_step: Callable) -> None:
+    want = tokens(engine.generate(*REQUEST, use_tqdm=False))
+
+    def fail() -> None:
+        raise RuntimeError("out of luck")
+
+    before_step(2, fail)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        engine.generate([prompt(33), prompt(4)], greedy(9), use_tqdm=False)
+    assert tokens(engine.generate(*REQUEST, use_tqdm=False)) == want
+
+
+@pytest.mark.parametrize("name", ["plain", "mscales"])
+def test_closing_an_engine_frees_its_arrays_and_ends_its_thread(tmp_path: Path, name: str) -> None:
+    def held() -> tuple[int, int]:
+        gc.collect()
+        threads = [thread for thread in threading.enumerate() if thread.name.startswith("hmoe-step")]
+        return sum(array.nbytes for array in jax.live_arrays()), len(threads)
+
+    before = held()
+    with cold_engine(write_tiny(tmp_path, name), skip_tokenizer_init=True) as engine:
+        engine._stepper.submit(lambda: None).result()
+        assert min(np.subtract(held(), before)) > 0
+    assert held() == before
+
+
+def test_an_engine_closed_under_a_stream_ends_it(served_folder: Path) -> None:
+    engine = cold_engine(served_folder)
+    engine._step = lambda: None  # nothing to compile for
+    stream = engine.stream(prompt(3), greedy(9))
+    next(stream)
+    engine.close()
+    with pytest.raises(ValueError, match="the engine is closed"):
+        next(stream)
+    stream.close()
+
+
+def cold_engine(folder: Path, **options: Any) -> Engine:
+    """Opens in a moment, as nothing is compiled."""
+    wishes = {"max_model_len": 40, "max_num_seqs": 2, "warm_up": False, "compilation_cache": None, "use_tqdm": False}
+    return Engine(folder, **wishes, **options)
