@@ -29,7 +29,7 @@ format: $(VENV)/installed-dev
 # Against PyTorch and transformers; prints the parity table and writes it to docs/parity.md.
 oracle: $(VENV)/installed-oracle
 	$(BIN)/python -m pytest tests/oracle
-	$(BIN)/python scripts/parity.py --out=docs/parity.md
+	$(BIN)/python -m tests.oracle.table --out=docs/parity.md
 
 # The kernels, store and pool under the address and undefined-behaviour sanitizers.
 native-test: $(VENV)/installed-dev

@@ -181,7 +181,6 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
     num_heads = read.integer("num_attention_heads")
     if read.integer("num_key_value_heads", num_heads) != num_heads:
         raise ConfigError("num_key_value_heads must equal num_attention_heads: MLA has one latent for all heads")
-    eos = read.value("eos_token_id", None)
     config = ModelConfig(
         vocab_size=read.integer("vocab_size"),
         hidden_size=read.integer("hidden_size"),
@@ -213,7 +212,7 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
         not_quantized=not_quantized,
         num_mtp_layers=read.integer("num_nextn_predict_layers", 0) or read.integer("num_mtp_layers", 0),
         bos_id=None if read.value("bos_token_id", None) is None else read.integer("bos_token_id"),
-        eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (read.integer("eos_token_id"),),
+        eos_ids=_eos_ids(read.value("eos_token_id", None)),
     )
     read.finish()
     return config
@@ -331,6 +330,13 @@ def _quantization(read: _Reader) -> tuple[bool, tuple[str, ...]]:
     quant.fixed("dequantize", (False,))
     quant.finish()
     return True, tuple(not_quantized)
+
+
+def _eos_ids(value: Any) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise ConfigError(f"eos_token_id must be an integer or a list of integers, got {value!r}")
+    return tuple(ids)
 
 
 def _dtype(read: _Reader) -> str:

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from hmoe_jax.config import FP8_BLOCK
+from hmoe_jax.core import AnyArray
 
 E4M3_MAX = 448.0
 
@@ -23,7 +24,7 @@ def num_blocks(size: int) -> int:
 
 
 def dequantize(
-    data: Float[Array, "*e rows cols"], scale: Float32[Array, "*e row_blocks col_blocks"], dtype: DTypeLike
+    data: Float[AnyArray, "*e rows cols"], scale: Float32[AnyArray, "*e row_blocks col_blocks"], dtype: DTypeLike
 ) -> Float[Array, "*e rows cols"]:
     """The weights as `dtype`: the product is formed in FP32, so the one rounding is that to `dtype`."""
     rows, cols = data.shape[-2:]

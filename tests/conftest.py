@@ -8,11 +8,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from hmoe_jax.engine import Engine
 from hmoe_jax.exec.plan import PAGE_SIZE
 from hmoe_jax.exec.score import Scorer
 from tests.serving import MAX_LEN, NUM_PAGES, NUM_SLOTS, PREFILL_LEN, assert_idle, write_served
+
+# The same examples on every machine, however slow, and nothing left behind in the working directory.
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 

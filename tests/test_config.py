@@ -210,3 +210,9 @@ def test_an_unreadable_file_is_an_error_that_names_it(content: str | None, messa
 def test_a_missing_folder_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such model folder"):
         read_config(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("value", [["a"], [True], 1.5, [1, None]])
+def test_eos_ids_that_are_no_integers_are_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match="eos_token_id must be an integer or a list of integers"):
+        parse_config({**CONFIGS["plain"], "eos_token_id": value})

@@ -309,8 +309,8 @@ def test_min_tokens_hold_until_that_many_are_drawn() -> None:
 
 def test_reports_are_of_the_models_own_logits() -> None:
     logits = random_logits(14)
-    state = random_row_seeds(SamplingParams(temperature=7.0, top_k=9, presence_penalty=2.0, logit_bias={5: 50.0}))
-    sampled, _ = sample(state, logits)
+    wish = SamplingParams(temperature=7.0, top_k=9, presence_penalty=2.0, logit_bias={5: 6.0}, logprobs=0)
+    sampled, _ = sample(random_row_seeds(wish), logits)
     log_probs, tokens = log_softmax(logits), np.asarray(sampled.tokens)
     chosen = log_probs[np.arange(ROWS), tokens]
     # A sum of 37 exponentials and its logarithm, of values up to 10, in FP32.
@@ -320,6 +320,15 @@ def test_reports_are_of_the_models_own_logits() -> None:
     best = np.argsort(-log_probs, axis=1, kind="stable")[:, :MAX_LOGPROBS]
     np.testing.assert_array_equal(sampled.top_ids, best)
     np.testing.assert_allclose(sampled.top_logprobs, np.take_along_axis(log_probs, best, axis=1), rtol=0, atol=bound)
+
+
+def test_nothing_is_reported_unless_one_row_of_the_step_wants_it() -> None:
+    logits = random_logits(15)
+    silent, _ = sample(stack([row(SamplingParams())]), logits)
+    mixed, _ = sample(stack([row(SamplingParams())] * 9 + [row(SamplingParams(logprobs=3))]), logits)
+    assert (silent.tokens == mixed.tokens).all()
+    assert not np.any([silent.logprob.any(), silent.rank.any(), silent.top_ids.any(), silent.top_logprobs.any()])
+    assert (np.asarray(mixed.rank) >= 1).all()
 
 
 def test_equal_tokens_share_a_rank() -> None:

@@ -24,9 +24,11 @@ logger = logging.getLogger(__name__)
 
 def check_checkpoint(config: ModelConfig, checkpoint: Checkpoint) -> None:
     """Raises `CheckpointError` unless the tensors are those that `config` promises."""
-    check_tensors(checkpoint, expected_tensors(config), ignore=is_ignored(config))
-    if config.num_mtp_layers:
-        logger.info("%d multi-token-prediction layer(s): recognised, not loaded", config.num_mtp_layers)
+    expected = expected_tensors(config)
+    check_tensors(checkpoint, expected, ignore=is_ignored(config))
+    num_skipped = len(checkpoint.entries) - len(expected)
+    if num_skipped:
+        logger.info("skipped: %d tensors of multi-token-prediction layers or saved rotary frequencies", num_skipped)
 
 
 def load_weights(

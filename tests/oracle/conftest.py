@@ -1,4 +1,4 @@
-"""The tiny models on disk, and their plain FP32 runs: made once, shared by all tests of this folder."""
+"""The models on disk, and their plain FP32 runs: made once, shared by all tests of this folder."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.oracle.models import write_model
 from tests.oracle.parity import load_truth
 from tests.oracle.plain import Plain
-from tests.tiny import write_tiny
 
 
 @pytest.fixture(scope="session")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a tiny model by name; one of them is sharded."""
+    """The folder of a model by name; one of them is sharded."""
     root = tmp_path_factory.mktemp("tiny")
-    return cache(lambda name: write_tiny(root / name, name, num_shards=3 if name == "deepseek" else 1))
+    return cache(lambda name: write_model(root, name))
 
 
 @pytest.fixture(scope="session")

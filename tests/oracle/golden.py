@@ -8,10 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from tests.oracle import bounds
+from tests.oracle.models import TRAINED
 
 FOLDER = Path(__file__).parent.parent / "golden"
 
 TEXT_LEN = 48
+TRAINED_TEXT_LEN = 24
+"""Shorter, as a row of the trained model's logits takes 16 KB."""
+
 PROMPT_LENS = (1, 2, 3, 5, 8, 13, 17, 24)
 NUM_GREEDY = 64
 
@@ -39,6 +43,10 @@ class Golden:
     def greedy_limits(self, relative_error: float) -> np.ndarray:
         """`[p, n]`: the gaps that an error of this size explains."""
         return bounds.greedy_gap(relative_error, self.norms[..., None])
+
+
+def text_len(name: str) -> int:
+    return TRAINED_TEXT_LEN if name in TRAINED else TEXT_LEN
 
 
 def load_golden(name: str) -> Golden:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,9 +13,10 @@ import pytest
 from tests.oracle import bounds
 from tests.oracle.compare import assert_choices_explained, assert_greedy_explained, assert_logits_close, top_two_gaps
 from tests.oracle.golden import NUM_GREEDY, load_golden
+from tests.oracle.models import EMBEDDED, NAMES
 from tests.oracle.parity import MAX_TOKENS
+from tests.oracle.perplexity import load_perplexity, oracle_perplexity
 from tests.oracle.plain import Plain
-from tests.tiny import CONFIGS
 
 torch = pytest.importorskip("torch", reason="the live oracle needs PyTorch: pip install hmoe-jax[oracle]")
 pytest.importorskip("transformers", reason="the live oracle needs transformers: pip install hmoe-jax[oracle]")
@@ -24,7 +26,7 @@ from tests.oracle import hf  # noqa: E402 - imports both
 torch.set_num_threads(1)  # matrices this small lose more to the hand-over than they gain
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=NAMES)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -47,6 +49,12 @@ def test_golden_files_are_what_the_oracle_says(
     limits = golden.greedy_limits(bound)
     assert_greedy_explained(logits.argmax(axis=-1), golden.greedy, golden.gaps, limits)
     assert (np.abs(top_two_gaps(logits) - golden.gaps) <= limits).all()
+
+
+def test_stored_perplexity_is_what_the_oracle_says() -> None:
+    live = hf.load_hf(EMBEDDED, torch.float32)
+    stored = load_perplexity()
+    assert oracle_perplexity(partial(hf.hf_logits, live)).nats == pytest.approx(stored.nats, rel=1e-6)
 
 
 def test_cached_decode_of_the_oracle_is_its_whole_pass(

@@ -1,0 +1,235 @@
+"""What is chosen for a model and a machine, with which reason, and which wishes cannot be met."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from hmoe_jax.config import ModelConfig, parse_config
+from hmoe_jax.exec.plan import (
+    CHUNK_LEN,
+    KV_SHARE,
+    PAGE_SIZE,
+    EngineOptions,
+    Hardware,
+    Plan,
+    engine_options,
+    find_hardware,
+    resolve,
+)
+from hmoe_jax.kernels.pool import available_isas
+from tests.tiny import CONFIGS
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Stands in for a device of JAX's that this machine need not have."""
+
+    platform: str = "gpu"
+
+
+class GpuHardware(Hardware):
+    """`Hardware` checks that its device is JAX's."""
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "device", Gpu())
+        object.__setattr__(self, "memory_bytes", 24 * GB)
+
+
+CPU = Hardware(jax.devices("cpu")[0], 64 * GB)
+
+
+def config(name: str = "deepseek") -> ModelConfig:
+    return parse_config(CONFIGS[name])
+
+
+def plan(name: str = "deepseek", *, hardware: Hardware = CPU, **wishes: Any) -> Plan:
+    return resolve(EngineOptions(**wishes), config(name), hardware)
+
+
+# --- choices ---
+
+
+def test_bf16_on_the_cpu_runs_in_native_kernels() -> None:
+    chosen = plan("deepseek")
+    assert (chosen.executor, chosen.dtype) == ("fused", np.dtype("bfloat16"))
+    assert chosen.reasons["executor"] == "fused: routed experts in native kernels, on the CPU platform"
+    assert chosen.reasons["dtype"] == "bfloat16, as the checkpoint says"
+
+
+def test_float32_runs_in_xla() -> None:
+    assert plan("float32").reasons["executor"] == "graph, as dtype is float32"
+    assert plan("deepseek", dtype="float32").executor == "graph"
+    assert plan("float32", dtype="bfloat16").executor == "fused"
+
+
+def test_machine_choices_are_explained() -> None:
+    chosen = plan()
+    assert chosen.isa == available_isas()[0]
+    assert chosen.num_threads >= 1
+    assert chosen.reasons["isa"] == f"{chosen.isa}, the best that this CPU offers"
+    assert chosen.reasons["num_threads"] == f"{chosen.num_threads}, the CPUs that this process may use"
+    assert chosen.reasons["max_model_len"] == f"{config().max_len}, the model's"
+
+
+def test_wishes_are_kept_and_need_no_reason() -> None:
+    wishes = {
+        "dtype": "bfloat16",
+        "executor": "graph",
+        "isa": "scalar",
+        "num_threads": 1,
+        "max_model_len": 100,
+        "max_num_seqs": 3,
+    }
+    chosen = plan(**wishes)
+    assert (chosen.executor, chosen.isa, chosen.num_threads, chosen.layout.max_len) == ("graph", "scalar", 1, 100)
+    assert set(chosen.reasons) == {"kv_cache"}
+
+
+def test_a_plan_describes_each_reason_in_a_line() -> None:
+    chosen = plan()
+    lines = chosen.describe()
+    assert len(lines) == len(chosen.reasons)
+    assert f"isa: {chosen.reasons['isa']}" in lines
+    assert all("\n" not in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "prefill", "decode", "scored"),
+    [
+        ({}, (32, 128, 512), (1, 4, 8), 128),
+        ({"max_prefill_tokens": 2048, "max_num_seqs": 64, "max_model_len": 640}, (32, 128, 512, 640), (1, 4, 16, 64), 128),
+        ({"max_prefill_tokens": 32, "max_num_seqs": 1}, (32,), (1,), 32),
+        ({"max_prefill_tokens": 33, "max_num_seqs": 2}, (32, 33), (1, 2), 33),
+        ({"max_model_len": 7}, (7,), (1, 4, 8), 7),
+        ({"max_prefill_tokens": 1}, (1,), (1, 4, 8), 1),
+    ],
+    ids=str,
+)
+def test_buckets_grow_fourfold_up_to_the_limits(
+    wishes: dict[str, int], prefill: tuple[int, ...], decode: tuple[int, ...], scored: int
+) -> None:
+    buckets = plan(**wishes).buckets
+    assert (buckets.prefill, buckets.decode, buckets.scored) == (prefill, decode, scored)
+
+
+# --- the cache ---
+
+
+def page_bytes(name: str, dtype: str) -> int:
+    return config(name).num_layers * PAGE_SIZE * config(name).latent_dim * np.dtype(dtype).itemsize
+
+
+def test_the_cache_holds_every_sequence_at_full_length_where_memory_allows() -> None:
+    layout = plan(max_num_seqs=5, max_model_len=130).layout
+    assert layout.num_pages == 1 + 5 * 3
+    assert (layout.page_size, layout.chunk_len, layout.max_len) == (PAGE_SIZE, CHUNK_LEN, 130)
+    assert (layout.num_layers, layout.latent_dim) == (config().num_layers, config().latent_dim)
+
+
+def test_the_default_cache_takes_at_most_its_share_of_the_memory() -> None:
+    small = Hardware(CPU.device, 100 * page_bytes("deepseek", "uint16"))
+    assert plan(hardware=small, max_num_seqs=50).layout.num_pages == 1 + int(100 * KV_SHARE)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", "uint16"), ("float32", "uint32")])
+def test_the_budget_is_spent_on_whole_pages(dtype: str, bits: str) -> None:
+    each = page_bytes("deepseek", bits)
+    layout = plan(dtype=dtype, kv_cache_bytes=13 * each + each - 1, max_num_seqs=9).layout
+    assert layout.num_pages == 1 + 13
+
+
+def test_a_budget_below_one_sequence_names_both_numbers_and_the_remedy() -> None:
+    each = page_bytes("deepseek", "uint16")
+    assert plan(kv_cache_bytes=3 * each, max_model_len=192).layout.num_pages == 4
+    message = f"max_model_len 192 needs {3 * each:,} bytes of cache, but kv_cache_bytes is {3 * each - 1:,}: lower"
+    with pytest.raises(ValueError, match=message):
+        plan(kv_cache_bytes=3 * each - 1, max_model_len=192)
+
+
+def test_a_machine_too_small_for_one_sequence_is_named_as_such() -> None:
+    with pytest.raises(ValueError, match=r"but 25% of the memory is 250: lower max_model_len"):
+        plan(hardware=Hardware(CPU.device, 1000))
+
+
+# --- wishes that cannot be met ---
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        ({"max_model_len": 641}, "max_model_len 641 exceeds the model's 640 positions"),
+        ({"executor": "fused", "dtype": "float32"}, "executor 'fused' computes in bfloat16; dtype 'float32' needs"),
+        ({"isa": "sse9"}, "isa must be auto or one of .*, which this CPU offers, got 'sse9'"),
+        ({"executor": "graph", "isa": "sse9"}, "isa must be auto or one of .*, which this CPU offers, got 'sse9'"),
+        ({"num_threads": 0}, "num_threads: expected 1 <= num_threads <= .*, got 0"),
+        ({"num_threads": 1.5}, "num_threads: expected 'auto' or a positive integer, got 1.5"),
+    ],
+    ids=str,
+)
+def test_a_wish_that_cannot_be_met_is_refused(wishes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(**wishes)
+
+
+@pytest.mark.parametrize("name", ["max_num_seqs", "max_prefill_tokens", "max_model_len", "kv_cache_bytes"])
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, "8"], ids=repr)
+def test_sizes_are_positive_integers(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got {value!r}"):
+        EngineOptions(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["max_num_seqs", "max_prefill_tokens"])
+def test_only_optional_sizes_may_be_none(name: str) -> None:
+    assert EngineOptions(max_model_len=None, kv_cache_bytes=None) == EngineOptions()
+    with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got None"):
+        EngineOptions(**{name: None})
+
+
+@pytest.mark.parametrize("name", ["dtype", "device", "executor"])
+@pytest.mark.parametrize("value", ["best", None, 3], ids=repr)
+def test_choices_are_listed_where_another_was_made(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be one of auto, .*, got {value!r}"):
+        EngineOptions(**{name: value})
+
+
+def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
+    assert engine_options({"max_num_seqs": 3}) == EngineOptions(max_num_seqs=3)
+    known = ", ".join(option.name for option in fields(EngineOptions))
+    with pytest.raises(ValueError, match=f"unknown option 'max_seqs': expected one of {known}"):
+        engine_options({"max_num_seqs": 3, "max_seqs": 3})
+
+
+# --- other devices ---
+
+
+def test_a_missing_device_is_named() -> None:
+    if any(device.platform == "gpu" for device in jax.devices()):
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match="device 'gpu' is not available: "):
+        find_hardware("gpu")
+
+
+def test_the_cpus_memory_is_the_machines() -> None:
+    found = find_hardware("cpu")
+    assert found.platform == "cpu"
+    assert found.memory_bytes > GB
+
+
+@pytest.mark.parametrize("wish", ["auto", "graph"])
+def test_on_a_gpu_all_weights_are_on_it(wish: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = resolve.__wrapped__(EngineOptions(executor=wish), config(), GpuHardware())
+    assert chosen.executor == "graph"
+    if wish == "auto":
+        assert chosen.reasons["executor"] == "graph, as the device is 'gpu': all weights must fit it"
+
+
+def test_native_kernels_need_the_cpu() -> None:
+    with pytest.raises(ValueError, match="executor 'fused' needs device 'cpu', got 'gpu'"):
+        resolve(EngineOptions(executor="fused"), config(), GpuHardware())
