@@ -340,6 +340,7 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _as_ids(prompt: Sequence[int | np.integer]) -> list[int]:
-    if any(isinstance(i, bool) or not isinstance(i, int | np.integer) for i in prompt):
+    is_bytes = isinstance(prompt, bytes | bytearray)  # text of some encoding, though it looks like integers
+    if is_bytes or any(isinstance(i, bool) or not isinstance(i, int | np.integer) for i in prompt):
         raise ValueError(f"a prompt is text or a list of token ids, got {prompt!r}")
     return [int(i) for i in prompt]

@@ -1,4 +1,4 @@
-"""Fixtures of the engine's tests. Engines live for the whole session: each of their programs takes seconds to compile."""
+"""Fixtures of the engine's tests. An engine lives for the whole session: its programs take seconds to compile."""
 
 from __future__ import annotations
 

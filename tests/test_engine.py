@@ -1,7 +1,8 @@
-"""What an engine returns for well-formed requests, one at a time. `engine` also checks that nothing leaks or compiles."""
+"""What an engine returns for well-formed requests. The fixture `engine` also checks that nothing leaks or compiles."""
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_the_last_output_of_a_stream_is_that_of_generate(engine: Engine) -> None
 def test_streamed_outputs_grow_by_one_token_and_never_take_text_back(engine: Engine) -> None:
     outputs = [output.outputs[0] for output in engine.stream(prompt(5), drawn(40, seed=1))]
     assert [len(output.token_ids) for output in outputs] == list(range(1, 41))
-    for before, after in zip(outputs, outputs[1:], strict=False):
+    for before, after in itertools.pairwise(outputs):
         assert after.token_ids[: len(before.token_ids)] == before.token_ids
         assert after.text.startswith(before.text)
     assert [output.finished() for output in outputs] == [False] * 39 + [True]
@@ -101,8 +102,8 @@ def test_metrics_add_up(engine: Engine) -> None:
     elapsed_s = time.perf_counter() - start
     metrics = output.metrics
     assert (metrics.num_prompt_tokens, metrics.num_cached_tokens, metrics.num_generated_tokens) == (40, 0, 12)
-    assert 0 < metrics.prompt_s
-    assert 0 < metrics.decode_s
+    assert metrics.prompt_s > 0
+    assert metrics.decode_s > 0
     assert metrics.total_s < elapsed_s
 
 

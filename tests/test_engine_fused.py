@@ -62,7 +62,7 @@ def test_companions_of_a_request_do_not_change_a_bit_of_it(fused: Engine) -> Non
     # Always four in a batch, so that the same programs run; what the other rows hold must not matter.
     mine, params = ids(45), drawn(10, seed=5, logprobs=3, return_routed_experts=True)
     first, *_ = run(fused, [mine, ids(7, 1), ids(20, 2), ids(31, 3)], [params] + [greedy(10)] * 3)
-    *_, second = run(fused, [ids(60, 4), ids(3, 5), ids(32, 6), mine], [drawn(14, seed=i) for i in range(3)] + [params])
+    second, *_ = run(fused, [mine, ids(60, 4), ids(3, 5), ids(32, 6)], [params] + [drawn(14, seed=i) for i in range(3)])
     assert second.token_ids == first.token_ids
     assert second.logprobs == first.logprobs
     np.testing.assert_array_equal(second.routed_experts, first.routed_experts)

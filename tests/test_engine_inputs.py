@@ -33,11 +33,24 @@ def ids_engine(served_folder: Path) -> Iterator[Engine]:
         ([5, 2**70], f"token id {2**70} is outside the vocabulary"),
         ([5, True], r"a prompt is text or a list of token ids, got \[5, True\]"),
         ([True, 5], r"a prompt is text or a list of token ids, got \[True, 5\]"),
+        (b"text", "a prompt is text or a list of token ids, got b'text'"),
         (prompt(MAX_LEN), f"the prompt has {MAX_LEN} tokens, but max_model_len is {MAX_LEN}"),
         (prompt(2000), f"the prompt has 2000 tokens, but max_model_len is {MAX_LEN}"),
         ("\ud800", "lone surrogates"),
     ],
-    ids=["no ids", "no text", "above", "negative", "huge", "bool", "bool first", "too long", "far too long", "surrogate"],
+    ids=[
+        "no ids",
+        "no text",
+        "above",
+        "negative",
+        "huge",
+        "bool",
+        "bool first",
+        "bytes",
+        "too long",
+        "far too long",
+        "surrogate",
+    ],
 )
 def test_a_bad_prompt_is_refused_also_among_good_ones(engine: Engine, bad: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -119,7 +132,7 @@ def test_a_bad_option_is_refused_by_name(served_folder: Path, options: dict[str,
 def test_a_wrong_path_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="missing: no such model folder"):
         Engine(tmp_path / "missing", compilation_cache=None)
-    with pytest.raises(ConfigError, match="no config.json"):
+    with pytest.raises(ConfigError, match=r"no config\.json"):
         Engine(tmp_path, compilation_cache=None)
 
 
@@ -127,10 +140,10 @@ def test_a_broken_tokenizer_closes_what_was_opened(
     served_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed = []
-    monkeypatch.setattr("hmoe_jax.exec.programs.Executor.close", lambda self: closed.append(self))
-    with pytest.raises(ConfigError, match="no tokenizer.json"):
+    monkeypatch.setattr("hmoe_jax.exec.programs.Executor.close", lambda self: closed.append("executor"))
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
         Engine(served_folder, tokenizer=tmp_path, compilation_cache=None, use_tqdm=False)
-    assert len(closed) == 1
+    assert closed == ["executor"]
 
 
 def test_a_closed_engine_says_so(served_folder: Path) -> None:

@@ -23,9 +23,29 @@ from tests.tiny import write_tiny
 REQUEST = ([prompt(40)], drawn(8, seed=21))
 
 
+Inject = Callable[[int, Callable[[], object]], None]
+
+
 @pytest.fixture
-def before_step(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
-    """Makes step number n of the test (from 0) call a function first; from then on steps are as always."""
+def in_step(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Inject:
+    """Calls a function in the middle of step number n of the test (from 0): when the state of before is gone."""
+    find, num_steps = engine._executor._program, 0
+
+    def install(number: int, action: Callable[[], object]) -> None:
+        def program(*args: Any) -> Any:
+            nonlocal num_steps
+            num_steps += 1
+            result = find(*args)
+            return result if num_steps - 1 != number else lambda *operands: (result(*operands), action())[0]
+
+        monkeypatch.setattr(engine._executor, "_program", program)
+
+    return install
+
+
+@pytest.fixture
+def before_step(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Inject:
+    """Calls a function before step number n of the test (from 0)."""
     step, num_steps = engine._executor.step, 0
 
     def install(number: int, action: Callable[[], object]) -> None:
@@ -41,19 +61,19 @@ def before_step(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Callable[[in
     return install
 
 
-def interrupt_main_thread() -> None:
-    """What the terminal does at Ctrl-C."""
+def press_ctrl_c() -> None:
+    """What a terminal does."""
     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
-def interrupt() -> None:
-    raise KeyboardInterrupt
+def fail() -> None:
+    raise RuntimeError("out of luck")
 
 
 def test_closing_a_stream_aborts_its_request(engine: Engine) -> None:
     stream = engine.stream(prompt(6), greedy(50))
     next(stream)
-    assert not engine._scheduler.num_free_slots == NUM_SLOTS
+    assert engine._scheduler.num_free_slots == NUM_SLOTS - 1
     stream.close()
     assert_idle(engine)
 
@@ -91,39 +111,34 @@ def test_closing_one_stream_does_not_touch_another(engine: Engine) -> None:
     assert tokens([list(mine)[-1]]) == want
 
 
-@pytest.mark.parametrize("action", [interrupt, interrupt_main_thread], ids=["raised", "signal"])
 @pytest.mark.parametrize("number", [0, 1, 5])
-def test_ctrl_c_in_generate_leaves_the_engine_as_it_was(
-    engine: Engine, before_step: Callable, number: int, action: Callable[[], object]
-) -> None:
+def test_ctrl_c_in_generate_leaves_the_engine_as_it_was(engine: Engine, in_step: Inject, number: int) -> None:
     want = tokens(engine.generate(*REQUEST, use_tqdm=False))
-    before_step(number, action)
+    in_step(number, press_ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         engine.generate([prompt(33), prompt(4)] * 8, greedy(30), use_tqdm=False)
     assert_idle(engine)
     assert tokens(engine.generate(*REQUEST, use_tqdm=False)) == want
 
 
-def test_ctrl_c_of_one_request_does_not_touch_another(engine: Engine, before_step: Callable) -> None:
-    # The signal comes while a step computes for both.
+def test_ctrl_c_of_one_request_does_not_touch_another(engine: Engine, in_step: Inject) -> None:
     want = tokens(engine.generate(*REQUEST, use_tqdm=False))
     other = engine.stream(REQUEST[0][0], REQUEST[1])
     next(other)
-    before_step(4, interrupt_main_thread)
+    # By then each step computes a token for both.
+    in_step(4, press_ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         engine.generate([prompt(6)], greedy(30), use_tqdm=False)
     assert tokens([list(other)[-1]]) == want
 
 
-def test_a_failing_step_is_reported_and_frees_the_request(engine: Engine, before_step: Callable) -> None:
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_failing_step_is_reported_and_frees_the_request(engine: Engine, before_step: Inject, number: int) -> None:
     want = tokens(engine.generate(*REQUEST, use_tqdm=False))
-
-    def fail() -> None:
-        raise RuntimeError("out of luck")
-
-    before_step(2, fail)
+    before_step(number, fail)
     with pytest.raises(RuntimeError, match="out of luck"):
         engine.generate([prompt(33), prompt(4)], greedy(9), use_tqdm=False)
+    assert_idle(engine)
     assert tokens(engine.generate(*REQUEST, use_tqdm=False)) == want
 
 

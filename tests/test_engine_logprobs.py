@@ -54,7 +54,9 @@ def test_logprobs_are_the_models_own_whatever_the_sampling(
     assert len(generated.logprobs) == 8
     for index, (token, position) in enumerate(zip(generated.token_ids, generated.logprobs, strict=True)):
         assert_position(position, log_probs[9 + index], token=token, count=count, bound=bound)
-    total = sum(position[token].logprob for token, position in zip(generated.token_ids, generated.logprobs, strict=True))
+    total = sum(
+        position[token].logprob for token, position in zip(generated.token_ids, generated.logprobs, strict=True)
+    )
     assert generated.cumulative_logprob == pytest.approx(total, rel=1e-12)
 
 

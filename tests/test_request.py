@@ -53,7 +53,8 @@ def test_stop_ids_are_eos_and_the_callers_without_repeats() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt_len", "max_tokens", "max_len", "want"), [(3, 5, 20, 8), (3, 50, 20, 20), (3, None, 20, 20), (19, 1, 20, 20)]
+    ("prompt_len", "max_tokens", "max_len", "want"),
+    [(3, 5, 20, 8), (3, 50, 20, 20), (3, None, 20, 20), (19, 1, 20, 20)],
 )
 def test_the_longest_a_sequence_can_become(prompt_len: int, max_tokens: int, max_len: int, want: int) -> None:
     assert sequence(prompt_len, max_len=max_len, max_tokens=max_tokens).max_len == want

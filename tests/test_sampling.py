@@ -5,6 +5,7 @@ Every test uses batches of one size, so that each function is compiled once.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +30,9 @@ def compiled(name: str) -> Callable[..., Any]:
     return jax.jit(getattr(sampling, name))
 
 
-def row(params: SamplingParams, *, prompt: tuple[int, ...] = (), stop: tuple[int, ...] = (), seed: int = 0) -> SamplerState:
+def row(
+    params: SamplingParams, *, prompt: tuple[int, ...] = (), stop: tuple[int, ...] = (), seed: int = 0
+) -> SamplerState:
     return sampler_row(params, VOCAB, prompt_ids=prompt, stop_ids=stop, seed=seed)
 
 
@@ -40,7 +43,9 @@ def stack(rows: list[SamplerState]) -> SamplerState:
     return jax.tree.map(lambda *values: np.stack(values), *rows)
 
 
-def sample(state: SamplerState, logits: np.ndarray, *, advance: np.ndarray | None = None) -> tuple[Sampled, SamplerState]:
+def sample(
+    state: SamplerState, logits: np.ndarray, *, advance: np.ndarray | None = None
+) -> tuple[Sampled, SamplerState]:
     everyone = np.ones(ROWS, np.bool_) if advance is None else advance
     return compiled("sample")(state, np.arange(ROWS, dtype=np.int32), logits, everyone)
 
@@ -186,7 +191,7 @@ def test_successive_draws_of_a_row_are_not_correlated() -> None:
     for _ in range(20):
         sampled, state = sample(state, flat)
         draws.append(np.asarray(sampled.tokens))
-    same = np.mean([(a == b).mean() for a, b in zip(draws, draws[1:], strict=False)])
+    same = np.mean([(a == b).mean() for a, b in itertools.pairwise(draws)])
     num_pairs = ROWS * 19
     assert abs(same - 1 / VOCAB) < 5 * math.sqrt(1 / VOCAB / num_pairs)
 
@@ -194,7 +199,10 @@ def test_successive_draws_of_a_row_are_not_correlated() -> None:
 def test_a_draw_depends_on_the_rows_seed_and_count_alone() -> None:
     logits = np.repeat(random_logits(9)[:1], ROWS, axis=0)
     wish = SamplingParams(temperature=2.0)
-    neighbours = [row(SamplingParams(top_k=3), seed=1), row(SamplingParams(repetition_penalty=3.0), prompt=(2,), seed=2)]
+    neighbours = [
+        row(SamplingParams(top_k=3), seed=1),
+        row(SamplingParams(repetition_penalty=3.0), prompt=(2,), seed=2),
+    ]
     alone = stack([row(wish, seed=77)])
     mixed = stack([neighbours[0], row(wish, seed=77), neighbours[1], row(SamplingParams(temperature=0.0))])
     for _ in range(4):
@@ -223,7 +231,9 @@ def test_a_temperature_near_zero_is_nearly_greedy() -> None:
 # --- penalties, bias, minimum length ---
 
 
-def adjusted_by_reference(logits: np.ndarray, params: SamplingParams, *, prompt: list[int], generated: list[int]) -> np.ndarray:
+def adjusted_by_reference(
+    logits: np.ndarray, params: SamplingParams, *, prompt: list[int], generated: list[int]
+) -> np.ndarray:
     """vLLM's order: stop tokens barred, bias, repetition, frequency, presence. One logit at a time, in FP64."""
     adjusted = logits.astype(np.float64)
     for token in range(VOCAB):
@@ -298,7 +308,9 @@ def test_rows_that_do_not_advance_stay_as_they_are() -> None:
 def test_min_tokens_hold_until_that_many_are_drawn() -> None:
     logits = np.zeros((ROWS, VOCAB), np.float32)
     logits[:, 6] = 50.0
-    state = stack([row(SamplingParams(temperature=0.0, min_tokens=3), stop=(6,)), row(SamplingParams(min_tokens=3), stop=(6,))])
+    state = stack(
+        [row(SamplingParams(temperature=0.0, min_tokens=3), stop=(6,)), row(SamplingParams(min_tokens=3), stop=(6,))]
+    )
     for step in range(4):
         sampled, state = sample(state, logits)
         assert ((np.asarray(sampled.tokens) == 6) == (step == 3)).all()

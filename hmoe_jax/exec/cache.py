@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 logger = logging.getLogger(__name__)
 
@@ -40,5 +41,6 @@ def enable_compilation_cache(directory: str | Path | Literal["auto"] | None) -> 
             raise ValueError(f"{problem}: name another compilation_cache, or None") from None
         logger.warning("%s: every start compiles anew", problem)
         return
+    compilation_cache.reset_cache()  # JAX keeps to the first directory that it has used
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_S)

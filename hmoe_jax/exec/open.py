@@ -50,5 +50,7 @@ def open_executor(
                 backend = graph.load_experts(config, checkpoint, dtype=plan.dtype, advance=advance)
                 pool_id = None
             weights = load_weights(config, checkpoint, dtype=plan.dtype, pool=pool_id, advance=advance)
-        executor = Executor(config, weights, backend, plan=plan, on_close=owned.pop_all().close)
+        kept = ExitStack()
+        executor = Executor(config, weights, backend, plan=plan, on_close=kept.close)
+        kept.push(owned.pop_all())  # only now: the executor's cache may not have fitted
     return executor, plan

@@ -36,4 +36,6 @@ def test_batches_have_the_same_types_whatever_they_hold() -> None:
 
     assert types(prefill_batch([1], LAYOUT, size=4)) == types(prefill_batch([1, 2], LAYOUT, size=4, pages=[3], start=9))
     full = [DecodeRow(1, 2, 0, [1])] * 2
-    assert types(decode_batch([], LAYOUT, size=2, num_slots=2)) == types(decode_batch(full, LAYOUT, size=2, num_slots=2))
+    assert types(decode_batch([], LAYOUT, size=2, num_slots=2)) == types(
+        decode_batch(full, LAYOUT, size=2, num_slots=2)
+    )

@@ -9,7 +9,9 @@ from hmoe_jax.exec.buckets import Buckets
 BUCKETS = Buckets(prefill=(4, 16, 50), decode=(1, 4, 6), scored=16)
 
 
-@pytest.mark.parametrize(("num_tokens", "size"), [(1, 4), (4, 4), (5, 16), (16, 16), (17, 50), (50, 50), (51, 50), (999, 50)])
+@pytest.mark.parametrize(
+    ("num_tokens", "size"), [(1, 4), (4, 4), (5, 16), (16, 16), (17, 50), (50, 50), (51, 50), (999, 50)]
+)
 def test_a_prefill_takes_the_smallest_bucket_that_holds_it_or_the_largest(num_tokens: int, size: int) -> None:
     assert BUCKETS.for_prefill(num_tokens) == size
 

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hmoe_jax.core import CheckpointError, ConfigError
+from hmoe_jax.exec import open as open_module
+from hmoe_jax.exec.open import open_executor
+from hmoe_jax.exec.plan import EngineOptions
+from hmoe_jax.experts.store import ExpertStore
+from hmoe_jax.kernels.pool import ThreadPool
+from tests.tiny import write_tiny
+
+SMALL = {"max_model_len": 40, "max_num_seqs": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("factor"), "factor", num_shards=2)
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the native objects that were closed."""
+    names: list[str] = []
+    for owner in (ThreadPool, ExpertStore):
+
+        def close(self: Any, *, name: str = owner.__name__, close: Any = owner.close) -> None:
+            names.append(name)
+            close(self)
+
+        monkeypatch.setattr(owner, "close", close)
+    return names
+
+
+@pytest.mark.parametrize(("executor", "owned"), [("fused", ["ExpertStore", "ThreadPool"]), ("graph", [])])
+def test_closing_an_executor_closes_what_it_owns_once_the_store_first(
+    folder: Path, closed: list[str], executor: str, owned: list[str]
+) -> None:
+    opened, plan = open_executor(folder, EngineOptions(executor=executor, **SMALL))
+    assert plan.executor == executor
+    assert closed == []
+    opened.close()
+    opened.close()
+    assert closed == owned
+
+
+@pytest.mark.parametrize(
+    ("failing", "left"),
+    [
+        ("fused", ["ThreadPool"]),
+        ("load_weights", ["ExpertStore", "ThreadPool"]),
+        ("Executor", ["ExpertStore", "ThreadPool"]),
+    ],
+)
+def test_a_failure_on_the_way_leaves_nothing_open(
+    folder: Path, closed: list[str], monkeypatch: pytest.MonkeyPatch, failing: str, left: list[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(open_module, failing, fail)
+    if failing == "fused":
+        fail.load_experts = fail
+    with pytest.raises(MemoryError, match="no room"):
+        open_executor(folder, EngineOptions(**SMALL))
+    assert closed == left
+
+
+def test_automatic_choices_are_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        executor, plan = open_executor(folder, EngineOptions(**SMALL))
+    executor.close()
+    for line in plan.describe():
+        assert line in caplog.text
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        open_executor(tmp_path, EngineOptions())
+
+
+def test_checksums_are_verified_before_weights_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sums = folder / "SHA256SUMS"
+    sums.write_text(f"{'0' * 64}  config.json\n")
+    monkeypatch.setattr(open_module, "load_weights", lambda *_, **__: pytest.fail("weights were read"))
+    try:
+        with pytest.raises(CheckpointError, match="is not in SHA256SUMS"):
+            open_executor(folder, EngineOptions(**SMALL))
+    finally:
+        sums.unlink()
