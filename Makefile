@@ -62,9 +62,13 @@ $(VENV)/installed-oracle: $(SOURCES) | $(BIN)/python
 	@touch $@ $(VENV)/installed-dev $(VENV)/installed
 
 check-tools:
+	@[ "$$(uname -s)" = Linux ] || { echo "hmoe_jax needs Linux, this is $$(uname -s)"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "Python 3.11 or later is needed as '$(PYTHON)' (or name it: make PYTHON=python3.12 ...)"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 	  { echo "Python's venv module is missing (Debian and Ubuntu: apt-get install python3-venv)"; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; \
+	  sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || \
+	  { echo "Python's headers are missing (Debian and Ubuntu: apt-get install python3-dev)"; exit 1; }
 	@command -v $${CXX:-c++} >/dev/null || \
 	  { echo "a C++ compiler is missing (Debian and Ubuntu: apt-get install g++)"; exit 1; }

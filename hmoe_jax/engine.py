@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
 from hmoe_jax.chat import ChatTemplate
 from hmoe_jax.config import ModelConfig
-from hmoe_jax.exec.batch import DecodeRow, decode_batch, prefill_batch
+from hmoe_jax.core import ConfigError
 from hmoe_jax.exec.cache import enable_compilation_cache
 from hmoe_jax.exec.open import open_executor
 from hmoe_jax.exec.plan import engine_options
 from hmoe_jax.experts.store import StoreStats
-from hmoe_jax.folder import read_json
+from hmoe_jax.folder import read_json, special_tokens
+from hmoe_jax.loop import ServingLoop
 from hmoe_jax.outputs import RequestOutput
+from hmoe_jax.prompts import Prompt, PromptIds, as_list, check_ids, unwrap
 from hmoe_jax.request import Request, StopRules
 from hmoe_jax.request import Sequence as Running
-from hmoe_jax.sampling import SamplerState, sampler_row
 from hmoe_jax.sampling_params import SamplingParams
-from hmoe_jax.scheduler import Decode, Prefill, Scheduler
 from hmoe_jax.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int | np.integer]
-"""Text, or token ids."""
+GENERATION_CONFIG = "generation_config.json"
 
 
 class Engine:
@@ -59,30 +56,24 @@ class Engine:
         use_tqdm: bool = True,
         **options: Any,
     ):
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ValueError(f"seed must be an integer, got {seed!r}")
-        self.folder = Path(model)
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
         wishes = engine_options(options)
+        self.folder = Path(model)
+        self._text_folder = Path(tokenizer or model)
         enable_compilation_cache(compilation_cache)
         self._executor, self.plan = open_executor(self.folder, wishes, verify=verify)
         try:
-            self.tokenizer = None if skip_tokenizer_init else Tokenizer.from_folder(tokenizer or self.folder)
-            self.default_sampling_params = SamplingParams.from_generation_config(
-                read_json(self.folder / "generation_config.json")
-            )
+            self.tokenizer = None if skip_tokenizer_init else Tokenizer.from_folder(self._text_folder)
+            self.default_sampling_params = default_sampling_params(self.folder)
             if warm_up:
                 self._warm_up(use_tqdm)
         except BaseException:
             self._executor.close()
             raise
-        self._scheduler = Scheduler(
-            self.plan.layout, num_slots=self._executor.num_slots, prefill_len=self.plan.buckets.prefill[-1]
-        )
-        self._requests: dict[Running, Request] = {}
+        self._eos_ids = self._find_eos_ids()
+        self._loop = ServingLoop(self._executor)
         self._ids, self._seeds = itertools.count(), np.random.SeedSequence(seed)
-        self._lock = threading.Lock()
-        self._stepper = ThreadPoolExecutor(1, thread_name_prefix="hmoe-step")
-        self._is_closed = False
 
     @property
     def config(self) -> ModelConfig:
@@ -94,7 +85,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
@@ -104,19 +95,17 @@ class Engine:
         `sampling_params` None means the checkpoint's recommendations. Nothing runs if any prompt is refused: an empty
         one, one longer than the model, ids outside the vocabulary (`ValueError`).
         """
-        prompt_list = _as_prompts(prompts)
-        params = self._params_for(prompt_list, sampling_params)
-        requests = [self._request(prompt, p) for prompt, p in zip(prompt_list, params, strict=True)]
-        with tqdm(total=len(requests), desc="generating", disable=None if use_tqdm else True) as bar:
-            for finished in self._run(requests):
-                bar.update(finished)
-        return [request.output() for request in requests]
+        return self._complete([self._encode(prompt) for prompt in as_list(prompts)], sampling_params, use_tqdm=use_tqdm)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """The output so far after every token; the last one is finished. Closing the iterator aborts the request."""
-        request = self._request(prompt, sampling_params or self.default_sampling_params)
-        for _ in self._run([request]):
-            yield request.output()
+        """The output so far after every step; the last one is finished. Closing the iterator aborts the request.
+
+        A step is a token, unless other threads use the engine and run steps too. Refuses a prompt as `generate` does,
+        and at once.
+        """
+        (params,) = self._params_for(1, sampling_params)
+        request = self._request(self._encode(prompt), params)
+        return (request.output() for _ in self._loop.run([request]))
 
     def chat(
         self,
@@ -124,19 +113,31 @@ class Engine:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
-        **template_variables: Any,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answers one conversation, or each of several, put into words by the checkpoint's chat template."""
+        """Answers one conversation, or each of several, put into words by a Jinja template (default the checkpoint's).
+
+        `chat_template_kwargs` are further variables of the template. Raises `ValueError` for malformed messages.
+        """
+        if isinstance(messages, Mapping | str):
+            raise ValueError(f"messages must be a list of messages, got {messages!r}")
         is_one = not messages or isinstance(messages[0], Mapping)
         conversations: list[Any] = [messages] if is_one else list(messages)
+        template = self.chat_template
+        if chat_template is not None:
+            template = ChatTemplate({"default": chat_template}, special_tokens(self._text_folder))
+        variables = {"add_generation_prompt": add_generation_prompt, "tools": tools, **(chat_template_kwargs or {})}
+        texts = [template.render(each, **variables) for each in conversations]
         tokenizer = self._need_tokenizer()
-        texts = [self.chat_template.render(each, **template_variables) for each in conversations]
-        prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        prompts = [PromptIds(tokenizer.encode(text, add_special_tokens=False), text) for text in texts]
+        return self._complete(prompts, sampling_params, use_tqdm=use_tqdm)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
-        return ChatTemplate.from_folder(self.folder)
+        return ChatTemplate.from_folder(self._text_folder)
 
     def expert_stats(self) -> StoreStats | None:
         """What the native kernels have read so far; None if XLA computes the experts."""
@@ -144,11 +145,7 @@ class Engine:
 
     def close(self) -> None:
         """Ends the engine; requests that still run in other threads fail. Closing twice is fine."""
-        with self._lock:
-            if not self._is_closed:
-                self._is_closed = True
-                self._stepper.shutdown()
-                self._executor.close()
+        self._loop.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -161,165 +158,65 @@ class Engine:
         for job in tqdm(jobs, desc="compiling", unit="program", disable=None if use_tqdm else True):
             job()
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        """Checks a prompt and makes it a request. Raises `ValueError`."""
-        text = prompt if isinstance(prompt, str) else None
-        ids = self._need_tokenizer().encode(prompt) if isinstance(prompt, str) else _as_ids(prompt)
-        if not ids or text == "":
-            raise ValueError("the prompt is empty")
+    def _find_eos_ids(self) -> tuple[int, ...]:
+        """What ends a text: by the model's files, and by the tokenizer's."""
+        by_model = eos_ids_of_folder(self.folder)
+        by_tokenizer = self.tokenizer.eos_ids if self.tokenizer else ()
+        return tuple(dict.fromkeys([*by_model, *by_tokenizer]))
+
+    def _complete(
+        self,
+        prompts: Sequence[PromptIds],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        *,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        params = self._params_for(len(prompts), sampling_params)
+        requests = [self._request(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        with tqdm(total=len(requests), desc="generating", disable=None if use_tqdm else True) as bar:
+            for finished in self._loop.run(requests):
+                bar.update(finished)
+        return [request.output() for request in requests]
+
+    def _encode(self, prompt: Prompt) -> PromptIds:
+        content = unwrap(prompt)
+        if not isinstance(content, str):
+            return PromptIds(content)
+        # An empty text has a token where the tokenizer puts BOS in front; it is no prompt all the same.
+        return PromptIds(self._need_tokenizer().encode(content) if content else [], content)
+
+    def _request(self, prompt: PromptIds, params: SamplingParams) -> Request:
+        """A request for a prompt that can be served. Raises `ValueError`."""
         vocab_size = self.config.vocab_size
-        strange = next((i for i in ids if not 0 <= i < vocab_size), None)
-        if strange is not None:
-            raise ValueError(f"token id {strange} is outside the vocabulary of {vocab_size} tokens")
-        if len(ids) >= self.max_model_len:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens, but max_model_len is {self.max_model_len} and at least one token "
-                "has to be generated"
-            )
-        for name, named in (
-            ("logit_bias", params.logit_bias or {}),
-            ("stop_token_ids", params.stop_token_ids or ()),
-        ):
-            if any(token >= vocab_size for token in named):
-                raise ValueError(f"{name}: token id {max(named)} is outside the vocabulary of {vocab_size} tokens")
+        check_ids(prompt.token_ids, vocab_size=vocab_size, max_model_len=self.max_model_len)
+        for name in ("logit_bias", "stop_token_ids"):
+            largest = max(getattr(params, name) or (), default=0)
+            if largest >= vocab_size:
+                raise ValueError(f"{name}: token id {largest} is outside the vocabulary of {vocab_size} tokens")
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and skip_tokenizer_init was given: use stop_token_ids")
-        eos_ids = self.tokenizer.eos_ids if self.tokenizer else self.config.eos_ids
         rules = StopRules(
-            eos_ids=() if params.ignore_eos else eos_ids,
+            eos_ids=() if params.ignore_eos else self._eos_ids,
             stop_ids=tuple(params.stop_token_ids or ()),
             max_len=self.max_model_len,
         )
         # Seeded: the request's own numbers, whatever ran before it. Unseeded: the engine's next ones.
         root = np.random.SeedSequence(params.seed % 2**64) if params.seed is not None else self._seeds.spawn(1)[0]
-        seeds = root.generate_state(params.n, np.uint64)
         sequences = [
-            Running(ids, params, index=index, seed=int(seed), rules=rules, tokenizer=self.tokenizer)
-            for index, seed in enumerate(seeds)
+            Running(prompt.token_ids, params, index=index, seed=int(seed), rules=rules, tokenizer=self.tokenizer)
+            for index, seed in enumerate(root.generate_state(params.n, np.uint64))
         ]
-        return Request(str(next(self._ids)), text, sequences)
-
-    def _run(self, requests: Sequence[Request]) -> Iterator[int]:
-        """Steps the engine until all `requests` are done; yields how many of them each step finished."""
-        open_requests = list(requests)
-        try:
-            with self._lock:
-                self._check_open()
-                for request in requests:
-                    for sequence in request.sequences:
-                        self._requests[sequence] = request
-                        self._scheduler.add(sequence)
-            while open_requests:
-                with self._lock:
-                    self._check_open()
-                    self._whole_step()
-                still_open = [request for request in open_requests if not request.is_finished]
-                yield len(open_requests) - len(still_open)
-                open_requests = still_open
-        finally:
-            # Ctrl-C, an error, or a stream that nobody reads on: give back what is held.
-            with self._lock:
-                for request in requests:
-                    for sequence in request.sequences:
-                        sequence.finish("abort", None)
-                        self._retire(sequence)
-
-    def _whole_step(self) -> None:
-        """One step on a thread of its own: Ctrl-C reaches the caller after it, never the middle of it.
-
-        A step donates the device state: cut off before the new state is stored, it would leave the engine without one.
-        """
-        step = self._stepper.submit(self._step)
-        try:
-            step.result()
-        finally:
-            wait([step])
-
-    def _step(self) -> None:
-        work = self._scheduler.next()
-        if isinstance(work, Prefill):
-            self._prefill(work)
-        elif isinstance(work, Decode):
-            self._decode(work)
-
-    def _prefill(self, work: Prefill) -> None:
-        sequence, request = work.sequence, self._requests[work.sequence]
-        if work.is_first:
-            request.mark_started()
-            self._executor.admit(sequence.slot, self._sampler_row(sequence))
-        scored = sequence.params.prompt_logprobs is not None
-        buckets = self.plan.buckets
-        size = buckets.scored if scored else buckets.for_prefill(work.length)
-        length = min(work.length, size)
-        end = work.start + length
-        following = sequence.prompt_ids[work.start + 1 : end + 1]
-        is_last = end == len(sequence.prompt_ids)
-        batch = prefill_batch(
-            sequence.prompt_ids[work.start : end],
-            self.plan.layout,
-            size=size,
-            targets=following,
-            start=work.start,
-            is_last=is_last,
-            slot=sequence.slot,
-            pages=sequence.pages,
-        )
-        output = self._executor.step(batch, scored=scored)
-        sequence.num_computed = end
-        if scored:
-            sequence.add_prompt_logprobs(jax.device_get(output.prompt), len(following))
-        if sequence.params.return_routed_experts:
-            sequence.add_routes(np.asarray(output.routes)[:, :length])
-        if is_last:
-            self._append(sequence, jax.device_get(output.sampled), 0)
-
-    def _decode(self, work: Decode) -> None:
-        sequences = work.sequences
-        rows = [
-            DecodeRow(
-                token=sequence.token_ids[-1],
-                position=len(sequence.prompt_ids) + len(sequence.token_ids) - 1,
-                slot=sequence.slot,
-                pages=sequence.pages,
-            )
-            for sequence in sequences
-        ]
-        size = self.plan.buckets.for_decode(len(rows))
-        output = self._executor.step(
-            decode_batch(rows, self.plan.layout, size=size, num_slots=self._executor.num_slots)
-        )
-        sampled = jax.device_get(output.sampled)
-        for row, sequence in enumerate(sequences):
-            if sequence.params.return_routed_experts:
-                sequence.add_routes(np.asarray(output.routes)[:, row : row + 1])
-            self._append(sequence, sampled, row)
-
-    def _append(self, sequence: Running, sampled: Any, row: int) -> None:
-        sequence.append(int(sampled.tokens[row]), sampled, row)
-        self._requests[sequence].mark_token()
-        if sequence.is_finished:
-            self._retire(sequence)
-
-    def _retire(self, sequence: Running) -> None:
-        self._scheduler.release(sequence)
-        self._requests.pop(sequence, None)
-
-    def _sampler_row(self, sequence: Running) -> SamplerState:
-        return sampler_row(
-            sequence.params,
-            self.config.vocab_size,
-            prompt_ids=tuple(sequence.prompt_ids),
-            stop_ids=sequence.rules.all_ids,
-            seed=sequence.seed,
-        )
+        return Request(str(next(self._ids)), prompt.text, sequences)
 
     def _params_for(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+        self, num_prompts: int, params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[SamplingParams]:
         if params is None or isinstance(params, SamplingParams):
-            return [params or self.default_sampling_params] * len(prompts)
-        if len(params) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts, but {len(params)} sampling_params")
+            return [params or self.default_sampling_params] * num_prompts
+        if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
+            raise ValueError(f"sampling_params must be SamplingParams, or a list of them, got {params!r}")
+        if len(params) != num_prompts:
+            raise ValueError(f"{num_prompts} prompts, but {len(params)} sampling_params")
         return list(params)
 
     def _need_tokenizer(self) -> Tokenizer:
@@ -327,20 +224,12 @@ class Engine:
             raise ValueError("text prompts need a tokenizer, and skip_tokenizer_init was given: pass token ids")
         return self.tokenizer
 
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise ValueError("the engine is closed")
 
-
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts, also from a single one."""
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _as_ids(prompt: Sequence[int | np.integer]) -> list[int]:
-    is_bytes = isinstance(prompt, bytes | bytearray)  # text of some encoding, though it looks like integers
-    if is_bytes or any(isinstance(i, bool) or not isinstance(i, int | np.integer) for i in prompt):
-        raise ValueError(f"a prompt is text or a list of token ids, got {prompt!r}")
-    return [int(i) for i in prompt]
+def default_sampling_params(folder: Path, **overrides: Any) -> SamplingParams:
+    """What the checkpoint recommends. Raises `ConfigError` naming the file if it recommends nonsense."""
+    fields = read_json(folder / GENERATION_CONFIG)
+    try:
+        recommended = SamplingParams.from_generation_config(fields)
+    except ValueError as error:
+        raise ConfigError(f"{folder / GENERATION_CONFIG}: {error}") from None
+    return dataclasses.replace(recommended, **overrides)

@@ -79,6 +79,11 @@ class Sequence:
     def is_finished(self) -> bool:
         return self.finish_reason is not None
 
+    @property
+    def is_admitted(self) -> bool:
+        """Whether it has a slot, and so a part of the device's state."""
+        return self.slot >= 0
+
     def append(self, token: int, sampled: Sampled, row: int) -> None:
         """Takes the token drawn in `row` of a step; decides whether the sequence ends with it."""
         self.token_ids.append(token)

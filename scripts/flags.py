@@ -96,7 +96,7 @@ def print_json(record: Mapping[str, Any]) -> None:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """The whole file or none of it, whenever the process ends."""
     data = content.encode() if isinstance(content, str) else content
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        partial = Path(folder) / path.name
+        partial.write_bytes(data)
+        os.replace(partial, path)

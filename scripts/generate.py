@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 from flags import MODEL, engine_options, print_json, read_text, run_main
 
-from hmoe_jax.engine import Engine, Prompt
+from hmoe_jax.engine import Engine, default_sampling_params
 from hmoe_jax.experts.store import StoreStats
 from hmoe_jax.outputs import RequestOutput
+from hmoe_jax.prompts import Prompt
 from hmoe_jax.sampling_params import SamplingParams
 
 _PROMPT = flags.DEFINE_string("prompt", None, "The text to continue.")
@@ -29,15 +31,16 @@ def main() -> None:
     if (_PROMPT.value is None) == (_PROMPT_FILE.value is None):
         raise ValueError("give either --prompt or --prompt_file")
     prompt = _PROMPT.value if _PROMPT.value is not None else read_text(_PROMPT_FILE.value)
+    params = default_sampling_params(Path(MODEL.value), **_wishes())  # a bad flag is refused before anything is loaded
     with Engine(MODEL.value, max_num_seqs=1, warm_up=False, **engine_options()) as engine:
-        params = dataclasses.replace(engine.default_sampling_params, **_wishes())
         tokens = _chat_ids(engine, prompt) if _CHAT.value else prompt
         # Compiles the two programs that this prompt needs, and brings the weights into memory, before the clock starts.
         engine.generate([tokens], dataclasses.replace(params, max_tokens=2, ignore_eos=True, stop=None), use_tqdm=False)
         before = engine.expert_stats()
         output = _print_stream(engine, tokens, prompt, params)
         figures = _figures(output, before, engine.expert_stats())
-        where = f"{engine.plan.executor} on {engine.plan.device.platform}, {engine.plan.isa}"
+        isa = f", {engine.plan.isa}" if engine.plan.executor == "fused" else ""
+        where = f"{engine.plan.executor} on {engine.plan.device.platform}{isa}"
         print(f"\n[{where}] {_line(figures)}")
         print_json({"text": output.outputs[0].text, "finish_reason": output.outputs[0].finish_reason, **figures})
 

@@ -107,9 +107,8 @@ def main(argv: list[str]) -> None:
         load=run.load,
     )
     out, out_bf16 = Path(_OUT.value), Path(_OUT_BF16.value)
-    card.write(out, facts)
-    export.write_folder(out, FIELDS, run.weights, run.experts, tokenizer, fp8=True)
-    export.write_folder(out_bf16, FIELDS, run.weights, run.experts, tokenizer, fp8=False)
+    for folder, fp8 in ((out, True), (out_bf16, False)):
+        export.write_folder(folder, FIELDS, run.weights, run.experts, tokenizer, card=card.text(facts), fp8=fp8)
     (out_bf16 / EFFORT_NAME).write_text(json.dumps(asdict(facts.effort)))
     print(json.dumps({**asdict(facts.effort), "held_out_loss": held_out_loss, "fp8_loss": fp8_loss}))
 

@@ -45,9 +45,7 @@ def test_loop_controls_and_generation_blocks_are_understood():
 
 
 def test_the_date_comes_from_the_clock():
-    template = ChatTemplate(
-        {"default": "{{ strftime_now('%d %b %Y') }}"}, clock=lambda: datetime.datetime(2024, 7, 26)
-    )
+    template = ChatTemplate({"default": "{{ strftime_now('%d %b %Y') }}"}, clock=lambda: datetime.datetime(2024, 7, 26))
     assert template.render(HELLO) == "26 Jul 2024"
 
 
@@ -133,9 +131,7 @@ def write_config(folder, **config):
 
 
 def test_a_folder_gives_the_template_and_its_special_tokens(tmp_path):
-    write_config(
-        tmp_path, chat_template="{{ bos_token + eos_token }}", bos_token={"content": "<s>"}, eos_token="e"
-    )
+    write_config(tmp_path, chat_template="{{ bos_token + eos_token }}", bos_token={"content": "<s>"}, eos_token="e")
     assert ChatTemplate.from_folder(tmp_path).render(HELLO) == "<s>e"
 
 

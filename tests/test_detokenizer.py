@@ -38,9 +38,7 @@ def byte_fallback() -> Tokenizer:
     pieces = ["▁", *"abcehnst中文.", "▁t", "th", "▁th", "he", "▁▁"]
     texts = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     merges = [("▁", "t"), ("t", "h"), ("▁t", "h"), ("h", "e"), ("▁", "▁")]
-    model = models.BPE(
-        {text: i for i, text in enumerate(texts)}, merges, unk_token="<unk>", byte_fallback=True
-    )
+    model = models.BPE({text: i for i, text in enumerate(texts)}, merges, unk_token="<unk>", byte_fallback=True)
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
@@ -116,9 +114,7 @@ def test_pieces_joined_are_the_decoded_text(tokenizer, output, skip):
 
 @settings(deadline=None, max_examples=300)
 @given(output=OUTPUTS, stops=STOPS, flags=st.tuples(st.booleans(), st.booleans()), min_tokens=MIN_TOKENS)
-def test_pieces_joined_are_the_decoded_text_cut_at_the_stop_string(
-    tokenizer, output, stops, flags, min_tokens
-):
+def test_pieces_joined_are_the_decoded_text_cut_at_the_stop_string(tokenizer, output, stops, flags, min_tokens):
     ids, (skip, include) = output_ids(tokenizer, output), flags
     params = SamplingParams(
         stop=stop_strings(tokenizer.decode(ids, skip), stops),

@@ -73,7 +73,7 @@ def fail() -> None:
 def test_closing_a_stream_aborts_its_request(engine: Engine) -> None:
     stream = engine.stream(prompt(6), greedy(50))
     next(stream)
-    assert engine._scheduler.num_free_slots == NUM_SLOTS - 1
+    assert engine._loop._scheduler.num_free_slots == NUM_SLOTS - 1
     stream.close()
     assert_idle(engine)
 
@@ -95,7 +95,7 @@ def test_a_stream_that_still_waits_for_a_slot_can_be_closed(engine: Engine) -> N
     streams = [engine.stream(prompt(6, seed=i), greedy(50)) for i in range(NUM_SLOTS + 1)]
     for stream in streams:
         next(stream)
-    assert not engine._scheduler.num_free_slots
+    assert not engine._loop._scheduler.num_free_slots
     streams.pop().close()
     for stream in streams:
         stream.close()
@@ -151,14 +151,14 @@ def test_closing_an_engine_frees_its_arrays_and_ends_its_thread(tmp_path: Path, 
 
     before = held()
     with cold_engine(write_tiny(tmp_path, name), skip_tokenizer_init=True) as engine:
-        engine._stepper.submit(lambda: None).result()
+        engine._loop._stepper.submit(lambda: None).result()
         assert min(np.subtract(held(), before)) > 0
     assert held() == before
 
 
 def test_an_engine_closed_under_a_stream_ends_it(served_folder: Path) -> None:
     engine = cold_engine(served_folder)
-    engine._step = lambda: None  # nothing to compile for
+    engine._loop._step = lambda: None  # nothing to compile for
     stream = engine.stream(prompt(3), greedy(9))
     next(stream)
     engine.close()

@@ -37,9 +37,9 @@ class Executor:
         self.num_slots = plan.buckets.decode[-1]
         self.expert_stats = backend.stats
         self._weights, self._backend, self._device, self._on_close = weights, backend, plan.device, on_close
-        with jax.default_device(self._device):
-            self._state = DeviceState(plan.layout.allocate(plan.dtype), empty_state(self.num_slots, config.vocab_size))
-            self._admit = jax.jit(set_row, donate_argnums=0)
+        self._dtype = plan.dtype
+        self._state = self._new_state()
+        self._admit = jax.jit(set_row, donate_argnums=0)
         self._programs: dict[tuple[str, int], Callable[..., Any]] = {}
 
     def step(self, batch: PrefillBatch | DecodeBatch, *, scored: bool = False) -> StepOutput:
@@ -83,11 +83,19 @@ class Executor:
         """Padding only."""
         return decode_batch([], self.layout, size=size, num_slots=self.num_slots)
 
+    def reset(self) -> None:
+        """Forgets all sequences: for a step that failed, after which the donated state is gone."""
+        self._state = self._new_state()
+
     def close(self) -> None:
         """Frees the arrays at once, whoever still refers to the executor, and what its backend owns."""
         for array in jax.tree.leaves((self._weights, self._backend.operand, self._state)):
             array.delete()
         self._on_close()
+
+    def _new_state(self) -> DeviceState:
+        with jax.default_device(self._device):
+            return DeviceState(self.layout.allocate(self._dtype), empty_state(self.num_slots, self.config.vocab_size))
 
     def _program(self, function: StepFunction, batch: PrefillBatch | DecodeBatch) -> Callable[..., Any]:
         key = (function.__name__, batch.tokens.shape[0])

@@ -58,6 +58,6 @@ def _extrapolated_share(config: ModelConfig, yarn: YarnConfig) -> np.ndarray:
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, config.rope_dim - 1)
-    # Equal betas that are not rounded apart (`truncate` false, or an exact integer) make a step, not a division by zero.
+    # Equal betas that rounding does not part make a step, not a division by zero.
     width = high - low if high != low else 0.001
     return 1.0 - np.clip((np.arange(config.rope_dim // 2) - low) / width, 0, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -32,9 +31,9 @@ class Facts:
     load: np.ndarray
 
 
-def write(folder: Path, facts: Facts) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "README.md").write_text(_TEXT.format(rows=_load_rows(facts.load), **vars(facts)), encoding="utf-8")
+def text(facts: Facts) -> str:
+    """The card, in Markdown."""
+    return _TEXT.format(rows=_load_rows(facts.load), **vars(facts))
 
 
 def _load_rows(load: np.ndarray) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -41,10 +42,34 @@ def write_folder(
     experts: ExpertWeights,
     tokenizer: Tokenizer,
     *,
+    card: str,
     fp8: bool,
 ) -> None:
-    """Writes config, tensors, tokenizer, defaults and checksums. `fields` is the config without its number format."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes config, tensors, tokenizer, defaults and checksums. `fields` is the config without its number format.
+
+    The folder is replaced as a whole, at the end: an engine that has it mapped keeps what it has.
+    """
+    partial, old = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _write_files(partial, fields, weights, experts, tokenizer, card=card, fp8=fp8)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_files(
+    folder: Path,
+    fields: dict[str, Any],
+    weights: Weights,
+    experts: ExpertWeights,
+    tokenizer: Tokenizer,
+    *,
+    card: str,
+    fp8: bool,
+) -> None:
     fields = {**fields, "quantization_config": _FP8_CONFIG} if fp8 else fields
     _write_json(folder / "config.json", fields)
     tensors = dict(_tensors(fields, weights, experts))
@@ -73,6 +98,7 @@ def write_folder(
             "top_p": 0.95,
         },
     )
+    (folder / "README.md").write_text(card, encoding="utf-8")
     write_sums(folder)
 
 

@@ -30,9 +30,7 @@ SHARDS: Mapping[str, Mapping[str, np.ndarray]] = {
         "model.norm.weight": np.array([1.0, -0.0, 3.5], ml_dtypes.bfloat16),
     },
     "model-00002-of-00002.safetensors": {
-        "model.layers.0.q_a.weight": np.arange(21, dtype=np.uint8)
-        .reshape(7, 3)
-        .view(ml_dtypes.float8_e4m3fn),
+        "model.layers.0.q_a.weight": np.arange(21, dtype=np.uint8).reshape(7, 3).view(ml_dtypes.float8_e4m3fn),
         "model.layers.0.q_a.weight_scale_inv": np.array([[0.5]], np.float32),
     },
 }

@@ -27,9 +27,7 @@ def with_sums(content):
 BARE = folder_content()  # without sums
 SUMMED = with_sums(BARE)
 MODEL = {
-    name: (array.dtype, array.shape, array.tobytes())
-    for tensors in SHARDS.values()
-    for name, array in tensors.items()
+    name: (array.dtype, array.shape, array.tobytes()) for tensors in SHARDS.values() for name, array in tensors.items()
 }
 
 
@@ -164,7 +162,5 @@ def test_a_renamed_tensor_of_a_single_file_is_refused_by_the_specs():
     """No index contradicts a single file; the model does."""
     tensors = {name: entry("U8", [1], [i, i + 1]) for i, name in enumerate(SPECS)}
     tensors["model.norm.weighs"] = tensors.pop("model.norm.weight")
-    with pytest.raises(
-        CheckpointError, match=r"1 \(model.norm.weight\) missing and 1 \(model.norm.weighs\) unknown"
-    ):
+    with pytest.raises(CheckpointError, match=r"1 \(model.norm.weight\) missing and 1 \(model.norm.weighs\) unknown"):
         load({"model.safetensors": pack(tensors, bytes(len(tensors))), "config.json": b"{}"})

@@ -20,9 +20,7 @@ def rejected(content: bytes) -> CheckpointError:
 
 
 def test_a_file_of_the_library_is_read_with_offsets_from_the_start_of_the_file():
-    content = save(
-        {"w": np.ones((3, 2), ml_dtypes.bfloat16), "s": np.full((), 7, np.float32)}, {"format": "pt"}
-    )
+    content = save({"w": np.ones((3, 2), ml_dtypes.bfloat16), "s": np.full((), 7, np.float32)}, {"format": "pt"})
     header = read_header(content, file="m.safetensors")
     assert header.metadata == {"format": "pt"}
     assert {name: (e.dtype, e.shape, e.num_bytes) for name, e in header.entries.items()} == {

@@ -1,8 +1,8 @@
 """The independent implementation: `transformers`' DeepSeek-V3 on PyTorch, CPU.
 
-It reads the same files with other libraries and shares no line with `hmoe_jax`. FP8 weights are expanded in FP32, so
-a FP32 run is the exact mathematics of the stored weights, up to FP32 rounding: the truth that everything is compared
-with.
+It reads the same files with other libraries and shares no mathematics with `hmoe_jax`. FP8 weights are expanded in
+FP32, so a FP32 run is the exact mathematics of the stored weights, up to FP32 rounding: the truth that everything is
+compared with.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from hmoe_jax.config import read_config
 from tests.oracle.routing import Routing
 
 FP8_BLOCK = 128
@@ -43,6 +44,21 @@ def load_hf(folder: Path, dtype: torch.dtype) -> DeepseekV3ForCausalLM:
         if name.endswith("e_score_correction_bias"):
             buffer.data = state[name].float()
     return model
+
+
+class HfTruth:
+    """The oracle in FP32, in the form that parity compares with."""
+
+    def __init__(self, folder: Path):
+        self.config = read_config(folder)
+        self._model = load_hf(folder, torch.float32)
+
+    def run(
+        self, token_ids: Sequence[int] | np.ndarray, *, forced: np.ndarray | None = None
+    ) -> tuple[np.ndarray, Routing]:
+        """Logits `[t, v]` and routing, with the experts `forced [m, t, k]` imposed if given."""
+        with forced_routing(self._model, forced) if forced is not None else nullcontext():
+            return hf_logits(self._model, token_ids), hf_routing(self._model, token_ids)
 
 
 @torch.inference_mode()

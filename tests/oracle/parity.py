@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 
+from hmoe_jax.config import ModelConfig
 from tests.oracle import bounds
 from tests.oracle.compare import (
     assert_choices_explained,
@@ -21,7 +22,7 @@ from tests.oracle.executors import Trace, Traced
 from tests.oracle.golden import NUM_GREEDY, PROMPT_LENS, Golden
 from tests.oracle.models import NAMES, TRAINED, config_of
 from tests.oracle.plain import Plain
-from tests.oracle.routing import same_experts
+from tests.oracle.routing import Routing, same_experts
 
 MAX_TOKENS = max(PROMPT_LENS) + NUM_GREEDY
 PIECE = 32
@@ -80,12 +81,23 @@ class Parity:
     greedy: int
 
 
+class Truth(Protocol):
+    """A reference in FP32: `Plain`, which needs no PyTorch, or the oracle itself (`hf.HfTruth`)."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def run(self, token_ids: np.ndarray, *, forced: np.ndarray | None = None) -> tuple[np.ndarray, Routing]:
+        """Logits `[t, v]` and routing, with the experts `forced [m, t, k]` imposed if given."""
+        ...
+
+
 def load_truth(folder: Path) -> Plain:
     """The plain model in FP32, for sequences as long as parity needs."""
     return Plain(folder, jnp.float32, max_tokens=MAX_TOKENS)
 
 
-def measure(case: Case, folder: Path, golden: Golden, truth: Plain) -> Parity:
+def measure(case: Case, folder: Path, golden: Golden, truth: Truth) -> Parity:
     """Runs the text and the greedy continuations, and asserts that all is as near to the oracle as arithmetic allows.
 
     Experts that differ from the oracle's must be near ties by the oracle's scores; with these experts imposed on it,
@@ -129,7 +141,7 @@ def measure(case: Case, folder: Path, golden: Golden, truth: Plain) -> Parity:
     )
 
 
-def _check(trace: Trace, truth: Plain, *, bound: float) -> np.ndarray:
+def _check(trace: Trace, truth: Truth, *, bound: float) -> np.ndarray:
     """The oracle's logits for the trace's tokens and experts, which have to be near the trace's."""
     logits, routing = truth.run(trace.tokens, forced=trace.experts)
     assert_choices_explained(truth.config, routing, trace.experts, bound=bound)

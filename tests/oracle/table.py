@@ -15,8 +15,9 @@ from pathlib import Path
 from absl import app, flags
 
 from tests.oracle.golden import load_golden
+from tests.oracle.hf import HfTruth
 from tests.oracle.models import write_model
-from tests.oracle.parity import ALL_CASES, MAX_MEAN_KL, Parity, load_truth, measure
+from tests.oracle.parity import ALL_CASES, MAX_MEAN_KL, Parity, measure
 from tests.oracle.perplexity import (
     MAX_PERPLEXITY_ERROR,
     PERPLEXITY_CHARS,
@@ -32,16 +33,16 @@ _TEXT = f"""# Parity with the independent implementation
 Written by `make oracle`. The models are those of `tests/tiny.py`, seven small random checkpoints that cover every
 branch of the mathematics, and the trained one of `models/embedded`, as it is and expanded to BF16. The oracle is
 `DeepseekV3ForCausalLM` of `transformers` on PyTorch in FP32, with the stored weights expanded in FP32
-(`tests/oracle/hf.py`); its results are stored in `tests/golden/`.
+(`tests/oracle/hf.py`). The default tests compare with its stored results (`tests/golden/`).
 
 - **error**: of the tokens of a text (48, or 24 for the trained model), the largest ||ours - oracle|| / ||oracle|| of
   the logits, both with the same experts; **bound**: what the arithmetic allows (derived in `tests/oracle/bounds.py`).
   The bound is also checked at every token of eight prompts and their 64-token continuations, through prefill in pieces
   and batched cached decode.
-- **KL**: mean KL(oracle || ours) in nats per token, with the same experts (at most {MAX_MEAN_KL:.0e}); **free KL**:
-  with the oracle choosing its own experts. In BF16 a router meets near ties, and a random model's experts have
-  nothing in common, so one flip changes a token's logits much more than in a trained model. Every flip is checked to
-  be a near tie by the oracle's scores.
+- **KL**: KL(oracle || ours) in nats per token, mean over the text, with the same experts (at most {MAX_MEAN_KL:.0e});
+  **free KL**: with the oracle choosing its own experts (the same limit for the trained model). In BF16 a router meets
+  near ties, and a random model's experts have nothing in common, so one flip changes a token's logits much more than
+  in a trained model. Every flip is checked to be a near tie by the oracle's scores.
 - **rerouted**: tokens of the text with another expert than the oracle's in some layer.
 - **greedy**: tokens equal to the oracle's before the first difference of each of eight prompts. In FP32, and for the
   trained model, a first difference must be a near tie of the oracle's two best tokens.
@@ -66,7 +67,7 @@ def measure_all() -> Iterator[Parity]:
     for name, cases in groupby(ALL_CASES, key=lambda case: case.name):
         with tempfile.TemporaryDirectory() as folder:
             model = write_model(Path(folder), name)
-            truth = load_truth(model)
+            truth = HfTruth(model)
             for case in cases:
                 yield measure(case, model, load_golden(name), truth)
 

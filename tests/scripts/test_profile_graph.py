@@ -80,7 +80,7 @@ def test_nothing_but_whole_files_is_left(run: tuple[Path, str]) -> None:
     [
         (["--model=/nonexistent"], "/nonexistent: no such model folder"),
         (["--out=/proc/nothing"], "--out /proc/nothing cannot be written"),
-        (["--prompt_len=30"], "make 39 tokens, but the longest sequence has 32: lower --prompt_len or --steps"),
+        (["--prompt_len=30"], "make 39 tokens, but the longest sequence has 32: lower one of them"),
         (["--num_threads=none"], "--num_threads must be a number or auto"),
     ],
 )
