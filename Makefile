@@ -31,12 +31,14 @@ oracle: $(VENV)/installed-oracle
 	$(BIN)/python -m pytest tests/oracle
 	$(BIN)/python -m tests.oracle.table --out=docs/parity.md
 
-# The kernels, store and pool under the address and undefined-behaviour sanitizers.
-native-test: $(VENV)/installed-dev
-	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitized -G Ninja -DHMOE_BUILD_PYTHON=OFF \
-	  -DHMOE_BUILD_TESTS=ON -DHMOE_SANITIZE=address,undefined
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitized
-	$(BIN)/ctest --test-dir build/sanitized --output-on-failure
+# The kernels, store and pool under the sanitizers: of addresses and undefined behaviour, then of threads.
+native-test: native-test-address,undefined native-test-thread
+
+native-test-%: $(VENV)/installed-dev
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B "build/sanitized-$*" -G Ninja -DHMOE_BUILD_PYTHON=OFF \
+	  -DHMOE_BUILD_TESTS=ON -DHMOE_SANITIZE=$*
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build "build/sanitized-$*"
+	$(BIN)/ctest --test-dir "build/sanitized-$*" --output-on-failure
 
 clean:
 	rm -rf $(VENV) build

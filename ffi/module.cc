@@ -54,7 +54,8 @@ void BindThreadPool(nb::module_& m) {
       .def(nb::init<int, std::string_view>(), "num_threads"_a, "isa"_a)
       .def_prop_ro("id", &PyThreadPool::id)
       .def_prop_ro("isa", [](const PyThreadPool& self) { return self.compute()->isa.name; })
-      .def_prop_ro("num_threads", [](const PyThreadPool& self) { return self.compute()->pool.num_threads(); })
+      .def_prop_ro("num_threads",
+                   [](const PyThreadPool& self) { return self.compute()->pool->num_threads(); })
       .def("close", &PyThreadPool::Close);
 }
 

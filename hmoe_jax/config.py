@@ -7,8 +7,9 @@ error: a reader that skips what it does not know returns wrong text without a wo
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,12 @@ class YarnConfig:
     mscale_all_dim: float = 0.0
     attention_factor: float | None = None
     truncate: bool = True
+
+    def __post_init__(self) -> None:
+        _check_above_0(self, _PUBLISHED_YARN)
+        for name in ("mscale", "mscale_all_dim"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be below 0, got {getattr(self, name)}")
 
     @property
     def rotary_scale(self) -> float:
@@ -90,13 +97,20 @@ class ModelConfig:
     eos_ids: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        positive = (
-            "vocab_size hidden_size num_layers dense_ffn expert_ffn num_experts top_k num_groups top_groups "
-            "num_heads kv_rank nope_dim rope_dim v_dim max_len num_shared_experts"
-        )
-        for name in positive.split():
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _check_above_0(self, _PUBLISHED)
+        self._check_routing()
+        if self.rope_dim % 2:
+            raise ConfigError(f"qk_rope_head_dim must be even, got {self.rope_dim}")
+        if self.rope_theta <= 1:
+            raise ConfigError(f"rope_theta must be above 1, got {self.rope_theta}")
+        if self.num_mtp_layers < 0:
+            raise ConfigError(f"num_nextn_predict_layers must not be below 0, got {self.num_mtp_layers}")
+        for name, ids in (("bos_token_id", (self.bos_id,)), ("eos_token_id", self.eos_ids)):
+            for token in ids:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ConfigError(f"{name} {token} is outside the vocabulary of {self.vocab_size} tokens")
+
+    def _check_routing(self) -> None:
         if not 0 <= self.num_dense_layers <= self.num_layers:
             raise ConfigError(
                 f"first_k_dense_replace must be between 0 and num_hidden_layers ({self.num_layers}), "
@@ -113,8 +127,6 @@ class ModelConfig:
                 f"num_experts_per_tok ({self.top_k}) exceeds the {self.top_groups * self.experts_per_group} experts "
                 "that topk_group leaves"
             )
-        if self.rope_dim % 2:
-            raise ConfigError(f"qk_rope_head_dim must be even, got {self.rope_dim}")
 
     @property
     def experts_per_group(self) -> int:
@@ -143,6 +155,13 @@ class ModelConfig:
 
     def is_moe(self, layer: int) -> bool:
         return layer >= self.num_dense_layers
+
+
+def _check_above_0(record: object, published: Mapping[str, str]) -> None:
+    for name, published_name in published.items():
+        value = getattr(record, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{published_name} must be above 0, got {value}")
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -210,7 +229,7 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
         dtype=_dtype(read),
         fp8=fp8,
         not_quantized=not_quantized,
-        num_mtp_layers=read.integer("num_nextn_predict_layers", 0) or read.integer("num_mtp_layers", 0),
+        num_mtp_layers=read.integer(read.spelling("num_nextn_predict_layers", "num_mtp_layers"), 0),
         bos_id=None if read.value("bos_token_id", None) is None else read.integer("bos_token_id"),
         eos_ids=_eos_ids(read.value("eos_token_id", None)),
     )
@@ -233,15 +252,29 @@ class _Reader:
             return default[0]
         raise ConfigError(f"{self._prefix}{name} is missing")
 
+    def spelling(self, *names: str) -> str:
+        """Which of a field's names the file uses (the first if none). Those that are there have to agree."""
+        self._seen.update(names)
+        used = [name for name in names if self._fields.get(name) is not None]
+        for name in used[1:]:
+            if self._fields[name] != self._fields[used[0]]:
+                raise ConfigError(
+                    f"{self._prefix}{used[0]}={self._fields[used[0]]!r} and {name}={self._fields[name]!r} differ, "
+                    "but mean the same"
+                )
+        return (used or names)[0]
+
     def integer(self, name: str, *default: int) -> int:
         value = self.value(name, *default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{self._prefix}{name} must be an integer, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**31:
+            raise ConfigError(f"{self._prefix}{name} must be an integer of 32 bits, got {value!r}")
         return value
 
     def number(self, name: str, *default: float) -> float:
         value = self.value(name, *default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        # Not `math.isfinite`, which raises for an integer with hundreds of digits; NaN is not below anything.
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not abs(value) <= sys.float_info.max:
             raise ConfigError(f"{self._prefix}{name} must be a finite number, got {value!r}")
         return float(value)
 
@@ -270,31 +303,28 @@ class _Reader:
 
 
 def _rope(read: _Reader) -> tuple[float, YarnConfig | None]:
-    old, new = read.value("rope_scaling", None), read.value("rope_parameters", None)
-    if old is not None and new is not None and old != new:
-        raise ConfigError("rope_scaling and rope_parameters are both present and differ")
-    fields = new if new is not None else old
+    name = read.spelling("rope_scaling", "rope_parameters")
+    fields = read.value(name, None)
     if fields is None:
         return read.number("rope_theta"), None
     if not isinstance(fields, dict):
-        raise ConfigError(f"rope_scaling must be an object, got {fields!r}")
-    rope = _Reader(fields, "rope_parameters." if new is not None else "rope_scaling.")
+        raise ConfigError(f"{name} must be an object, got {fields!r}")
+    rope = _Reader(fields, f"{name}.")
     # transformers 4 keeps theta outside, 5 inside; when both are there they have to agree.
     theta = rope.number("rope_theta") if "rope_theta" in fields else read.number("rope_theta")
     if read.number("rope_theta", theta) != theta:
         raise ConfigError(f"rope_theta is {read.number('rope_theta')} outside and {theta} inside rope_parameters")
-    kind = rope.value("rope_type", rope.value("type", "default"))
+    kind = rope.value(rope.spelling("rope_type", "type"), "default")
     rope.fixed("partial_rotary_factor", (1.0, 1))
     if kind == "default":
         rope.finish()
         return theta, None
     if kind != "yarn":
         raise ConfigError(f"rope type {kind!r} is not implemented (only 'default' or 'yarn')")
-    original = rope.integer("original_max_position_embeddings")
-    factor = fields.get("factor")
+    has_factor = rope.value("factor", None) is not None
     yarn = YarnConfig(
-        factor=read.integer("max_position_embeddings") / original if factor is None else rope.number("factor"),
-        original_max_len=original,
+        factor=rope.number("factor") if has_factor else 1.0,
+        original_max_len=rope.integer("original_max_position_embeddings"),
         beta_fast=rope.number("beta_fast", 32.0),
         beta_slow=rope.number("beta_slow", 1.0),
         mscale=rope.number("mscale", 0.0),
@@ -302,9 +332,10 @@ def _rope(read: _Reader) -> tuple[float, YarnConfig | None]:
         attention_factor=None if rope.value("attention_factor", None) is None else rope.number("attention_factor"),
         truncate=rope.boolean("truncate", True),
     )
-    rope.ignore("factor")
     rope.finish()
-    return theta, yarn
+    if has_factor:
+        return theta, yarn
+    return theta, replace(yarn, factor=read.integer("max_position_embeddings") / yarn.original_max_len)
 
 
 def _quantization(read: _Reader) -> tuple[bool, tuple[str, ...]]:
@@ -340,12 +371,42 @@ def _eos_ids(value: Any) -> tuple[int, ...]:
 
 
 def _dtype(read: _Reader) -> str:
-    old, new = read.value("torch_dtype", None), read.value("dtype", None)
-    dtype = new or old or "bfloat16"
+    value = read.value(read.spelling("torch_dtype", "dtype"), None)
+    dtype = "bfloat16" if value is None else value
     if dtype not in ("bfloat16", "float32"):
         raise ConfigError(f"dtype {dtype!r} is not implemented (only 'bfloat16' or 'float32')")
     return dtype
 
+
+_PUBLISHED = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "dense_ffn": "intermediate_size",
+    "expert_ffn": "moe_intermediate_size",
+    "num_experts": "n_routed_experts",
+    "num_shared_experts": "n_shared_experts",
+    "top_k": "num_experts_per_tok",
+    "num_groups": "n_group",
+    "top_groups": "topk_group",
+    "routed_scale": "routed_scaling_factor",
+    "num_heads": "num_attention_heads",
+    "q_rank": "q_lora_rank",
+    "kv_rank": "kv_lora_rank",
+    "nope_dim": "qk_nope_head_dim",
+    "rope_dim": "qk_rope_head_dim",
+    "v_dim": "v_head_dim",
+    "max_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+_PUBLISHED_YARN = {
+    "original_max_len": "original_max_position_embeddings",
+    "factor": "factor",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "attention_factor": "attention_factor",
+}
+"""Fields of the two records that must be above 0 (or None), with the names that `config.json` has for them."""
 
 _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),

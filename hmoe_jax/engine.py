@@ -26,7 +26,7 @@ from hmoe_jax.prompts import Prompt, PromptIds, as_list, check_ids, unwrap
 from hmoe_jax.request import Request, StopRules
 from hmoe_jax.request import Sequence as Running
 from hmoe_jax.sampling_params import SamplingParams
-from hmoe_jax.tokenizer import Tokenizer
+from hmoe_jax.tokenizer import Tokenizer, eos_ids_of_folder
 
 GENERATION_CONFIG = "generation_config.json"
 

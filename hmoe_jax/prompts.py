@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-Prompt = str | Sequence[int | np.integer] | Mapping[str, Any]
+Prompt = str | Sequence[int | np.integer] | np.ndarray | Mapping[str, Any]
 """Text, token ids, or vLLM's `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
 
 
@@ -20,7 +20,7 @@ class PromptIds:
     text: str | None = None
 
 
-def as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+def as_list(prompts: Any) -> list[Prompt]:
     """A list of prompts, also from a single one. Raises `ValueError` for what is no prompt at all."""
     if isinstance(prompts, str | Mapping | bytes | bytearray):
         return [prompts]
@@ -28,10 +28,10 @@ def as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
         raise ValueError(f"a prompt is text or a list of token ids, got {prompts!r}")
     items = list(prompts)
     is_ids = bool(items) and isinstance(items[0], int | np.integer) and not isinstance(items[0], bool)
-    return [items] if is_ids else items  # type: ignore[list-item, return-value]
+    return [items] if is_ids else items
 
 
-def unwrap(prompt: Prompt) -> str | list[int]:
+def unwrap(prompt: Any) -> str | list[int]:
     """The text or the ids of a prompt in any form. Raises `ValueError` saying which forms there are."""
     if isinstance(prompt, Mapping):
         known = [name for name in ("prompt", "prompt_token_ids") if prompt.get(name) is not None]

@@ -13,6 +13,10 @@ GREEDY_BELOW = 1e-5
 
 MAX_LOGPROBS = 20
 
+FP32_MAX = (2 - 2**-23) * 2.0**127
+FP32_SMALLEST = 2.0**-126
+"""The sampler computes in FP32: what it would round to infinity, or to 0 where that is no value, is refused here."""
+
 
 @dataclass(frozen=True)
 class Range:
@@ -32,17 +36,17 @@ class Range:
 
 
 FLOATS = {
-    "temperature": Range(0.0),
+    "temperature": Range(0.0, FP32_MAX),
     "top_p": Range(0.0, 1.0, open_low=True),
     "min_p": Range(0.0, 1.0),
     "presence_penalty": Range(-2.0, 2.0),
     "frequency_penalty": Range(-2.0, 2.0),
-    "repetition_penalty": Range(0.0, open_low=True),
+    "repetition_penalty": Range(FP32_SMALLEST, FP32_MAX),
 }
 INTS = {
     "n": Range(1),
     "top_k": Range(-1, 2**31 - 1),
-    "min_tokens": Range(0),
+    "min_tokens": Range(0, 2**31 - 1),
 }
 OPTIONAL_INTS = {
     "seed": Range(-(2**63), 2**63 - 1),

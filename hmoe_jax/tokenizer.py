@@ -37,17 +37,17 @@ class Tokenizer:
         """Reads a checkpoint folder; raises `ConfigError`, naming the file, if one is missing or malformed.
 
         tokenizer.json is required. Special tokens are those of tokenizer_config.json, then
-        special_tokens_map.json. `eos_ids` come from the first that has them of generation_config.json,
-        config.json, tokenizer_config.json.
+        special_tokens_map.json. `eos_ids` are those of `eos_ids_of_folder`, then the tokenizer's own EOS.
         """
         folder = Path(path)
         backend = _read_backend(folder)
         config = read_json(folder / "tokenizer_config.json")
         bos_id, eos_id = (_special_id(backend, folder, role) for role in ("bos_token", "eos_token"))
+        own_eos_ids = () if eos_id is None else (eos_id,)
         return cls(
             backend=backend,
             bos_id=bos_id,
-            eos_ids=_generation_eos_ids(folder) or (() if eos_id is None else (eos_id,)),
+            eos_ids=tuple(dict.fromkeys((*eos_ids_of_folder(folder), *own_eos_ids))),
             first_id=bos_id if config.get("add_bos_token") is True else None,
             last_id=eos_id if config.get("add_eos_token") is True else None,
         )
@@ -109,6 +109,15 @@ class Tokenizer:
         return self.bos_id is not None and self.backend.encode("").ids[:1] == [self.bos_id]
 
 
+def eos_ids_of_folder(folder: Path | str) -> tuple[int, ...]:
+    """The ids that end a text according to generation_config.json and config.json; each once, in that order.
+
+    All of them count: Kimi-K2 names one in each file, and ends its texts with either. Raises `ConfigError`.
+    """
+    files = [Path(folder) / name for name in ("generation_config.json", "config.json")]
+    return tuple(dict.fromkeys(token_id for file in files for token_id in _eos_ids(read_json(file), file)))
+
+
 def _read_backend(folder: Path) -> tokenizers.Tokenizer:
     file = folder / "tokenizer.json"
     if not file.is_file():
@@ -131,13 +140,6 @@ def _special_id(backend: tokenizers.Tokenizer, folder: Path, role: str) -> int |
     if text is not None and token_id is None:
         raise ConfigError(f"{folder}: {role} {text!r} of the tokenizer's config is not a token of tokenizer.json")
     return token_id
-
-
-def _generation_eos_ids(folder: Path) -> tuple[int, ...]:
-    for name in ("generation_config.json", "config.json"):
-        if ids := _eos_ids(read_json(folder / name), folder / name):
-            return ids
-    return ()
 
 
 def _eos_ids(config: Mapping[str, Any], file: Path) -> tuple[int, ...]:

@@ -120,9 +120,26 @@ def test_a_config_saved_by_transformers_is_the_same_record(name: str, tmp_path: 
         ({"torch_dtype": "float16"}, "dtype 'float16' is not implemented"),
         ({"sliding_window": 4096}, "unknown field sliding_window=4096"),
         ({"qk_layernorm": True}, "unknown field qk_layernorm=True"),
-        ({"hidden_size": "72"}, "hidden_size must be an integer, got '72'"),
-        ({"hidden_size": True}, "hidden_size must be an integer, got True"),
-        ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+        ({"hidden_size": "72"}, "hidden_size must be an integer of 32 bits, got '72'"),
+        ({"hidden_size": True}, "hidden_size must be an integer of 32 bits, got True"),
+        ({"hidden_size": 0}, "hidden_size must be above 0, got 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be above 0, got 0"),
+        ({"q_lora_rank": 0}, "q_lora_rank must be above 0, got 0"),
+        ({"vocab_size": 10**400}, "vocab_size must be an integer of 32 bits, got 1000"),
+        ({"rope_theta": 10**400}, "rope_theta must be a finite number, got 1000"),
+        ({"rope_theta": 1}, "rope_theta must be above 1, got 1.0"),
+        ({"rope_theta": -10000.0}, "rope_theta must be above 1, got -10000.0"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must be above 0, got 0.0"),
+        ({"routed_scaling_factor": -1}, "routed_scaling_factor must be above 0, got -1.0"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers must not be below 0, got -1"),
+        (
+            {"num_nextn_predict_layers": 1, "num_mtp_layers": 2},
+            "num_nextn_predict_layers=1 and num_mtp_layers=2 differ",
+        ),
+        ({"dtype": "float32"}, "torch_dtype='bfloat16' and dtype='float32' differ"),
+        ({"bos_token_id": 259}, "bos_token_id 259 is outside the vocabulary of 259 tokens"),
+        ({"eos_token_id": [1, 259]}, "eos_token_id 259 is outside the vocabulary of 259 tokens"),
+        ({"eos_token_id": -1}, "eos_token_id -1 is outside the vocabulary of 259 tokens"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number, got nan"),
         ({"norm_topk_prob": 1}, "norm_topk_prob must be true or false, got 1"),
         ({"first_k_dense_replace": 3}, "first_k_dense_replace must be between 0 and num_hidden_layers (2), got 3"),
@@ -155,6 +172,13 @@ def test_what_is_not_implemented_is_an_error_that_names_it(fields: dict[str, Any
         ("partial_rotary_factor", 0.5, "rope_scaling.partial_rotary_factor=0.5 is not implemented"),
         ("long_factor", [1.0], "unknown field rope_scaling.long_factor=[1.0]"),
         ("beta_fast", "32", "rope_scaling.beta_fast must be a finite number, got '32'"),
+        ("beta_fast", -32, "beta_fast must be above 0, got -32.0"),
+        ("beta_slow", 0, "beta_slow must be above 0, got 0.0"),
+        ("factor", 0, "factor must be above 0, got 0.0"),
+        ("attention_factor", -1, "attention_factor must be above 0, got -1.0"),
+        ("mscale_all_dim", -1, "mscale_all_dim must not be below 0, got -1.0"),
+        ("original_max_position_embeddings", 0, "original_max_position_embeddings must be above 0, got 0"),
+        ("rope_type", "linear", "rope_scaling.rope_type='linear' and type='yarn' differ"),
     ],
 )
 def test_rope_fields_are_read_as_strictly(field: str, value: object, message: str) -> None:
@@ -186,6 +210,19 @@ def test_absent_yarn_factor_is_the_ratio_of_lengths() -> None:
     config = parse_config(changed("deepseek", rope_scaling=rope))
     assert config.yarn is not None
     assert config.yarn.factor == 40.0
+    with pytest.raises(ConfigError, match="original_max_position_embeddings must be above 0, got 0"):
+        parse_config(changed("deepseek", rope_scaling={**rope, "original_max_position_embeddings": 0}))
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (2, 2), (2, None), (None, 2)])
+def test_both_names_of_the_prediction_layers_are_read(first: int | None, second: int | None) -> None:
+    config = parse_config(changed("plain", num_nextn_predict_layers=first, num_mtp_layers=second))
+    assert config.num_mtp_layers == (first or second or 0)
+
+
+def test_both_names_of_the_rope_type_may_be_there() -> None:
+    rope = {**CONFIGS["deepseek"]["rope_scaling"], "rope_type": "yarn"}
+    assert parse_config(changed("deepseek", rope_scaling=rope)) == parse_config(CONFIGS["deepseek"])
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_text_is_the_decoded_tokens(engine: Engine) -> None:
 
 def test_chat_answers_the_rendered_conversation(engine: Engine) -> None:
     conversation = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-    (one,) = engine.chat(conversation, greedy(3), use_tqdm=False, suffix="!")
+    (one,) = engine.chat(conversation, greedy(3), use_tqdm=False, chat_template_kwargs={"suffix": "!"})
     rendered = engine.tokenizer.encode("<bos>[user]hi[assistant]ho!", add_special_tokens=False)
     assert list(one.prompt_token_ids) == rendered
     assert rendered.count(BOS_ID) == 1

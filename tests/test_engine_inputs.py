@@ -120,7 +120,7 @@ def test_stop_strings_need_a_tokenizer(ids_engine: Engine) -> None:
         ({"device": "tpu"}, "device must be one of auto, cpu, gpu, got 'tpu'"),
         ({"isa": "mmx"}, "isa must be auto or one of .*scalar.*, got 'mmx'"),
         ({"num_threads": 10**6}, "num_threads: expected 1 <= num_threads <= .*, got 1000000"),
-        ({"seed": True}, "seed must be an integer, got True"),
+        ({"seed": True}, "seed must be an integer of at least 0, got True"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

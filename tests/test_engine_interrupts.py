@@ -171,3 +171,28 @@ def cold_engine(folder: Path, **options: Any) -> Engine:
     """Opens in a moment, as nothing is compiled."""
     wishes = {"max_model_len": 40, "max_num_seqs": 2, "warm_up": False, "compilation_cache": None, "use_tqdm": False}
     return Engine(folder, **wishes, **options)
+
+
+def test_a_stream_that_the_garbage_collector_finds_inside_a_step_is_aborted_after_it(
+    engine: Engine, before_step: Inject
+) -> None:
+    want = tokens(engine.generate(*REQUEST, use_tqdm=False))
+    stream = engine.stream(prompt(3), greedy(9))
+    next(stream)
+    cycle: list[object] = [stream]
+    cycle.append(cycle)
+    del stream, cycle
+    before_step(0, gc.collect)
+    assert tokens(engine.generate(*REQUEST, use_tqdm=False)) == want
+
+
+def test_a_program_that_fails_costs_the_sequences_in_it_and_not_the_engine(engine: Engine, in_step: Inject) -> None:
+    want = tokens(engine.generate(*REQUEST, use_tqdm=False))
+
+    def fail() -> None:
+        raise RuntimeError("the device is on fire")
+
+    in_step(2, fail)
+    with pytest.raises(RuntimeError, match="the device is on fire"):
+        engine.generate(*REQUEST, use_tqdm=False)
+    assert tokens(engine.generate(*REQUEST, use_tqdm=False)) == want

@@ -1,9 +1,10 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 
-from hmoe_jax.sampling_params import FLOATS, SamplingParams
+from hmoe_jax.sampling_params import FLOATS, FP32_MAX, FP32_SMALLEST, SamplingParams
 
 
 def test_defaults_are_those_of_vllm():
@@ -52,6 +53,17 @@ def test_temperatures_below_1e_5_are_greedy(temperature, greedy):
     assert SamplingParams(temperature=temperature).is_greedy is greedy
 
 
+def test_the_bounds_are_those_of_fp32():
+    assert np.finfo(np.float32).max == FP32_MAX
+    assert np.finfo(np.float32).smallest_normal == FP32_SMALLEST
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_what_is_accepted_stays_finite_in_fp32(name):
+    span = FLOATS[name]
+    assert np.isfinite(np.float32([span.low, span.high])).all()
+
+
 @pytest.mark.parametrize("name", FLOATS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, True, "1", None, 10**400, -3.0])
 def test_a_bad_number_is_rejected_by_name_range_and_value(name, value):
@@ -62,17 +74,21 @@ def test_a_bad_number_is_rejected_by_name_range_and_value(name, value):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("temperature", -0.1, r"temperature must be a finite number in \[0.0, inf\), got -0.1"),
+        ("temperature", -0.1, r"temperature must be a finite number in \[0.0, 3.4028234663852886e\+38\], got -0.1"),
+        ("temperature", 1e39, r"temperature must be a finite number in \[0.0, 3.4.*e\+38\], got 1e\+39"),
         ("top_p", 0.0, r"top_p must be a finite number in \(0.0, 1.0\], got 0.0"),
         ("top_p", 1.1, r"in \(0.0, 1.0\], got 1.1"),
         ("min_p", 1.1, r"in \[0.0, 1.0\], got 1.1"),
         ("presence_penalty", 2.1, r"in \[-2.0, 2.0\], got 2.1"),
-        ("repetition_penalty", 0.0, r"in \(0.0, inf\), got 0.0"),
+        ("repetition_penalty", 0.0, r"in \[1.1754943508222875e-38, 3.4028234663852886e\+38\], got 0.0"),
+        ("repetition_penalty", 1e-39, r"in \[1.17.*e-38, 3.4.*e\+38\], got 1e-39"),
+        ("repetition_penalty", 1e39, r"in \[1.17.*e-38, 3.4.*e\+38\], got 1e\+39"),
         ("n", 0, r"n must be an integer in \[1, inf\), got 0"),
         ("n", True, r"n must be an integer in .*, got True"),
         ("n", 1.0, r"got 1.0"),
         ("top_k", -2, r"top_k must be an integer in \[-1, 2147483647\], got -2"),
-        ("min_tokens", -1, r"min_tokens must be an integer in \[0, inf\), got -1"),
+        ("min_tokens", -1, r"min_tokens must be an integer in \[0, 2147483647\], got -1"),
+        ("min_tokens", 2**31, r"min_tokens must be an integer in \[0, 2147483647\], got 2147483648"),
         ("max_tokens", 0, r"max_tokens must be None or an integer in \[1, inf\), got 0"),
         ("logprobs", 21, r"logprobs must be None or an integer in \[0, 20\], got 21"),
         ("prompt_logprobs", -1, r"prompt_logprobs must be None or an integer in \[0, 20\], got -1"),

@@ -5,7 +5,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from hmoe_jax.core import ConfigError
-from hmoe_jax.tokenizer import Tokenizer
+from hmoe_jax.tokenizer import Tokenizer, eos_ids_of_folder
 
 BOS, EOS, END = 0, 1, 2
 CONFIG = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
@@ -96,18 +96,20 @@ def test_a_bos_that_the_user_wrote_twice_is_kept(folder):
     ("generation", "model", "expected"),
     [
         ({"eos_token_id": [EOS, END]}, {"eos_token_id": EOS}, (EOS, END)),
-        ({"eos_token_id": END}, {"eos_token_id": EOS}, (END,)),
+        ({"eos_token_id": [END, END]}, {"eos_token_id": EOS}, (END, EOS)),
+        ({"eos_token_id": END}, {}, (END,)),
         ({}, {"eos_token_id": END}, (END,)),
-        ({"eos_token_id": None}, {}, (EOS,)),
-        (None, None, (EOS,)),
+        ({"eos_token_id": None}, {}, ()),
+        (None, None, ()),
     ],
 )
-def test_eos_ids_come_from_the_first_file_that_has_them(folder, generation, model, expected):
+def test_eos_ids_are_those_of_all_files_each_once(folder, generation, model, expected):
     write(folder, "tokenizer_config.json", CONFIG)
     for name, data in (("generation_config.json", generation), ("config.json", model)):
         if data is not None:
             write(folder, name, data)
-    assert Tokenizer.from_folder(folder).eos_ids == expected
+    assert eos_ids_of_folder(folder) == expected
+    assert Tokenizer.from_folder(folder).eos_ids == tuple(dict.fromkeys((*expected, EOS)))
 
 
 def test_a_folder_of_tokenizer_json_alone_has_no_special_ids(folder):

@@ -13,12 +13,18 @@ struct Error {
   std::string message;
 };
 
+// Builds a text from its parts: Text("layer ", 3).
+template <typename... Parts>
+std::string Text(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
 // Builds the sentence from its parts: Fail("expected ", 3, " rows, got ", rows).
 template <typename... Parts>
 Error Fail(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  return Error{text.str()};
+  return Error{Text(parts...)};
 }
 
 // Exceptions do not cross the XLA border, so errors are values from the start. std::expected is C++23.
@@ -29,8 +35,9 @@ class [[nodiscard]] Result {
   Result(Error error) : held_(std::in_place_index<1>, std::move(error)) {}
 
   bool ok() const { return held_.index() == 0; }
-  T& value() { return std::get<0>(held_); }
-  const T& value() const { return std::get<0>(held_); }
+  T& value() & { return std::get<0>(held_); }
+  T&& value() && { return std::get<0>(std::move(held_)); }
+  const T& value() const& { return std::get<0>(held_); }
   const Error& error() const { return std::get<1>(held_); }
 
  private:

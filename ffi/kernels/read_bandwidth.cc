@@ -39,7 +39,7 @@ Result<double> ReadBandwidth(Compute& compute, int64_t megabytes) {
   const Pages pages(megabytes * kChunk);
   if (pages.data() == nullptr) return Fail("read_bandwidth: ", megabytes, " MB of memory are not to be had");
 
-  ThreadPool::Session session(compute.pool);
+  ThreadPool::Session session(*compute.pool);
   session.Run(megabytes, [&](int64_t i) noexcept { std::memset(pages.data() + i * kChunk, 1, kChunk); });
   std::atomic<uint64_t> seen{0};
   double best_s = 0;

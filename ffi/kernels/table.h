@@ -36,6 +36,7 @@ struct IsaKernels {
   uint64_t (*read)(const uint8_t* memory, int64_t bytes);
 };
 
+// Defined `constinit`: initialisers that run at start would use an ISA before anyone asked for it.
 extern const IsaKernels kScalarKernels;
 extern const IsaKernels kAvx2Kernels;
 extern const IsaKernels kAvx512Kernels;

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <system_error>
 
 #if defined(__SSE__)
 #include <xmmintrin.h>
@@ -72,11 +73,25 @@ class DefaultFloatEnvironment {
 
 }  // namespace
 
+Result<std::unique_ptr<ThreadPool>> ThreadPool::Create(int num_threads) {
+  if (num_threads < 1) return Fail("num_threads: expected at least 1, got ", num_threads);
+  std::unique_ptr<ThreadPool> pool(new ThreadPool(num_threads));
+  try {
+    pool->StartWorkers();
+  } catch (const std::system_error& refusal) {
+    return Fail("num_threads: ", num_threads, " need ", num_threads - 1, " threads beside the caller, ",
+                pool->workers_->size(), " started: ", refusal.code().message());
+  }
+  return pool;
+}
+
 ThreadPool::ThreadPool(int num_threads)
-    : num_threads_(num_threads), owner_(getpid()), workers_(std::make_unique<std::vector<std::thread>>()) {
+    : num_threads_(num_threads), owner_(getpid()), workers_(std::make_unique<std::vector<std::thread>>()) {}
+
+void ThreadPool::StartWorkers() {
   // The caller is someone else's thread and is not pinned; the first allowed CPU is left to it.
   const std::vector<int> cpus = AllowedCpus();
-  for (int worker = 1; worker < num_threads; ++worker) {
+  for (int worker = 1; worker < num_threads_; ++worker) {
     const int cpu = cpus.empty() ? -1 : cpus[static_cast<size_t>(worker) % cpus.size()];
     workers_->emplace_back([this, cpu] { Work(cpu); });
   }

@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "base/result.h"
 #include "base/scratch.h"
 
 namespace hmoe {
@@ -22,7 +23,8 @@ namespace hmoe {
 // XLA's intra-op pool is not used: blocking in it can deadlock.
 class ThreadPool {
  public:
-  explicit ThreadPool(int num_threads);
+  // Fails when the system does not give the threads; those that it gave are ended first.
+  static Result<std::unique_ptr<ThreadPool>> Create(int num_threads);
   ~ThreadPool();  // no session may be open
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -59,6 +61,8 @@ class ThreadPool {
     void* context = nullptr;
   };
 
+  explicit ThreadPool(int num_threads);
+  void StartWorkers();
   void RunTasks(Job job, int64_t num_tasks);
   bool RunOneTask();
   void Work(int cpu);

@@ -16,7 +16,7 @@ inline void Check(const Status& status) {
 template <typename T>
 T Check(Result<T> result) {
   if (!result.ok()) throw nanobind::value_error(result.error().message.c_str());
-  return std::move(result.value());
+  return std::move(result).value();
 }
 
 }  // namespace hmoe

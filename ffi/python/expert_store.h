@@ -40,14 +40,15 @@ class PyExpertStore {
 
   void Freeze() { Check(store_->Freeze()); }
 
-  // The arrays are let go only when no call reads them any more.
+  // The arrays are let go only when no call reads them any more. They leave held_ in one step under the GIL:
+  // their destructors run Python code, which may let another thread in, or close the store itself.
   void Close() {
     {
       const nanobind::gil_scoped_release unlocked;
       Stores().Remove(id_);
-      store_->Close();
+      store_->Close(Stores().Closed(id_));
     }
-    held_.clear();
+    const std::vector<PyBytes> released = std::exchange(held_, {});
   }
 
   int64_t id() const { return id_; }

@@ -1,4 +1,4 @@
-// The thread pool as Python owns it.
+// The thread pool as Python names it; the registry owns it.
 #pragma once
 
 #include <memory>
@@ -13,11 +13,8 @@ namespace hmoe {
 
 class PyThreadPool {
  public:
-  PyThreadPool(int num_threads, std::string_view isa) {
-    if (num_threads < 1) Check(Fail("num_threads: expected at least 1, got ", num_threads));
-    compute_ = std::make_shared<Compute>(num_threads, *Check(SelectIsa(isa)));
-    id_ = Pools().Add(compute_);
-  }
+  PyThreadPool(int num_threads, std::string_view isa)
+      : id_(Pools().Add(Check(Compute::Create(num_threads, isa)))) {}
   ~PyThreadPool() { Close(); }
   PyThreadPool(const PyThreadPool&) = delete;
   PyThreadPool& operator=(const PyThreadPool&) = delete;
@@ -26,7 +23,6 @@ class PyThreadPool {
   void Close() {
     const nanobind::gil_scoped_release unlocked;
     Pools().Remove(id_);
-    compute_.reset();
   }
 
   int64_t id() const { return id_; }
@@ -35,8 +31,7 @@ class PyThreadPool {
   std::shared_ptr<Compute> compute() const { return Check(Pools().Find(id_)); }
 
  private:
-  std::shared_ptr<Compute> compute_;
-  int64_t id_ = 0;
+  const int64_t id_;
 };
 
 }  // namespace hmoe

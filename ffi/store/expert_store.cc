@@ -12,7 +12,7 @@ int64_t MatrixBytes(const Codec& codec, int64_t rows, int64_t cols) {
 }
 
 std::string Place(int64_t layer, int64_t expert, MatrixName name) {
-  return Fail("layer ", layer, ", expert ", expert, ", ", kMatrixNames[static_cast<int>(name)]).message;
+  return Text("layer ", layer, ", expert ", expert, ", ", kMatrixNames[static_cast<int>(name)]);
 }
 
 }  // namespace
@@ -82,7 +82,7 @@ Status ExpertStore::Add(int64_t layer, int64_t expert, MatrixName name, std::spa
 
 Status ExpertStore::Freeze() {
   const std::unique_lock lock(use_);
-  if (state_ == State::kClosed) return Fail("the expert store is closed");
+  if (state_ == State::kClosed) return closed_;
   int64_t missing = 0;
   std::string first;
   for (int64_t layer = 0; layer < shape_.layers; ++layer) {
@@ -101,15 +101,16 @@ Status ExpertStore::Freeze() {
   return {};
 }
 
-void ExpertStore::Close() {
+void ExpertStore::Close(Error error) {
   const std::unique_lock lock(use_);
   state_ = State::kClosed;
+  closed_ = std::move(error);
   experts_.clear();
 }
 
 Result<ExpertStore::Reading> ExpertStore::Read() const {
   Reading reading(use_);
-  if (state_ == State::kClosed) return Fail("the expert store is closed");
+  if (state_ == State::kClosed) return closed_;
   if (state_ == State::kBuilding) return Fail("the expert store is not frozen");
   return reading;
 }

@@ -55,8 +55,8 @@ class ExpertStore {
   // Refuses a store with holes, and names the first.
   Status Freeze();
 
-  // Waits for the readings in progress. Later readings fail.
-  void Close();
+  // Waits for the readings in progress. Later readings fail with `error`.
+  void Close(Error error);
 
   // Holds the store open. Fails when it is closed or not frozen.
   using Reading = std::shared_lock<std::shared_mutex>;
@@ -69,7 +69,7 @@ class ExpertStore {
   const StoreShape& shape() const { return shape_; }
   const Codec& codec() const { return codec_; }
   const CodecKernels& kernels() const { return compute_->isa.For(codec_.id); }
-  ThreadPool& pool() const { return compute_->pool; }
+  ThreadPool& pool() const { return *compute_->pool; }
 
   void CountCall(int64_t experts_read, double seconds);
   StoreStats stats() const;
@@ -87,7 +87,8 @@ class ExpertStore {
   const int64_t expert_bytes_;
   std::vector<ExpertWeights> experts_;
   State state_ = State::kBuilding;
-  mutable std::shared_mutex use_;  // shared: reading. Exclusive: changing state_ or experts_.
+  Error closed_;                   // what callers are told then
+  mutable std::shared_mutex use_;  // shared: reading. Exclusive: changing experts_, state_ or closed_.
 
   mutable std::mutex stats_mutex_;
   StoreStats stats_;

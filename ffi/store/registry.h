@@ -38,9 +38,11 @@ class Registry {
   Result<std::shared_ptr<T>> Find(int64_t id) const {
     const std::shared_lock lock(mutex_);
     if (auto found = objects_.find(id); found != objects_.end()) return found->second;
-    if (id > 0 && id <= last_id_) return Fail(kind_, " ", id, " is closed");
+    if (id > 0 && id <= last_id_) return Closed(id);
     return Fail(kind_, " ", id, " does not exist");
   }
+
+  Error Closed(int64_t id) const { return Fail(kind_, " ", id, " is closed"); }
 
  private:
   const char* const kind_;

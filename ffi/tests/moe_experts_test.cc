@@ -26,7 +26,7 @@ struct Experts {
   }
 
   std::shared_ptr<ExpertStore> Store(const Codec& codec, const std::string& isa, int threads) const {
-    auto compute = std::make_shared<Compute>(threads, *SelectIsa(isa).value());
+    auto compute = Compute::Create(threads, isa).value();
     auto store = ExpertStore::Create(compute, codec, kShape).value();
     for (size_t i = 0; i < matrices.size(); ++i) {
       const auto expert = static_cast<int64_t>(i) / kNumMatrices;
@@ -108,10 +108,10 @@ void TestErrorsAreSentences() {
   CHECK_CONTAINS(
       MoeExperts(*store, 0, batch.hidden.data(), {bad_id, weight, 1, 1}, out.data()).error().message,
       "names expert 5");
-  store->Close();
+  store->Close(Fail("expert store 7 is closed"));
   CHECK_CONTAINS(
       MoeExperts(*store, 0, batch.hidden.data(), {bad_id, weight, 1, 1}, out.data()).error().message,
-      "closed");
+      "expert store 7 is closed");
 }
 
 }  // namespace

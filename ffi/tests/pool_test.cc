@@ -21,16 +21,16 @@ void CheckEveryTaskRunsOnce(ThreadPool& pool, int64_t num_tasks) {
 
 void TestEveryTaskRunsOnce() {
   for (const int threads : {1, 2, 3, 7}) {
-    ThreadPool pool(threads);
-    for (int64_t i = 0; i < 3000; ++i) CheckEveryTaskRunsOnce(pool, i % 13);
-    CheckEveryTaskRunsOnce(pool, 100000);
+    const auto pool = ThreadPool::Create(threads).value();
+    for (int64_t i = 0; i < 3000; ++i) CheckEveryTaskRunsOnce(*pool, i % 13);
+    CheckEveryTaskRunsOnce(*pool, 100000);
   }
 }
 
 void TestARunSeesWhatTheLastOneWrote() {
-  ThreadPool pool(3);
+  const auto pool = ThreadPool::Create(3).value();
   std::vector<int64_t> values(64, 0);
-  ThreadPool::Session session(pool);
+  ThreadPool::Session session(*pool);
   for (int64_t round = 0; round < 2000; ++round) {
     session.Run(64, [&](int64_t task) noexcept {
       const int64_t neighbour = values[static_cast<size_t>(task)];
@@ -42,13 +42,13 @@ void TestARunSeesWhatTheLastOneWrote() {
 }
 
 void TestCallersTakeTurns() {
-  ThreadPool pool(2);
+  const auto pool = ThreadPool::Create(2).value();
   int64_t total = 0;  // not atomic: only one session is open at a time
   std::vector<std::thread> callers;
   for (int i = 0; i < 4; ++i) {
     callers.emplace_back([&] {
       for (int round = 0; round < 500; ++round) {
-        ThreadPool::Session session(pool);
+        ThreadPool::Session session(*pool);
         std::atomic<int64_t> sum = 0;
         session.Run(5, [&](int64_t task) noexcept { sum += task; });
         total += sum;
@@ -61,25 +61,28 @@ void TestCallersTakeTurns() {
 
 void TestPoolsEndWhileTheirThreadsSpinOrSleep() {
   for (int i = 0; i < 200; ++i) {
-    ThreadPool pool(4);
-    if (i % 2) CheckEveryTaskRunsOnce(pool, 8);
+    const auto pool = ThreadPool::Create(4).value();
+    if (i % 2) CheckEveryTaskRunsOnce(*pool, 8);
     if (i % 10 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
 }
 
 void TestAForkedProcessComputesAloneAndEnds() {
-  auto* pool = new ThreadPool(3);
+  auto pool = ThreadPool::Create(3).value();
   CheckEveryTaskRunsOnce(*pool, 10);
   const pid_t child = fork();
   if (child == 0) {
     CheckEveryTaskRunsOnce(*pool, 10);
-    delete pool;
+    pool.reset();
     _exit(test::failures);
   }
   int status = -1;
   waitpid(child, &status, 0);
   CHECK_EQ(status, 0);
-  delete pool;
+}
+
+void TestAPoolHasAtLeastTheCaller() {
+  CHECK_EQ(ThreadPool::Create(0).error().message, "num_threads: expected at least 1, got 0");
 }
 
 }  // namespace
@@ -91,5 +94,6 @@ int main() {
   hmoe::TestCallersTakeTurns();
   hmoe::TestPoolsEndWhileTheirThreadsSpinOrSleep();
   hmoe::TestAForkedProcessComputesAloneAndEnds();
+  hmoe::TestAPoolHasAtLeastTheCaller();
   return hmoe::test::failures;
 }

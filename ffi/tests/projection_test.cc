@@ -18,9 +18,9 @@ struct Case {
 
 std::vector<float> Multiply(const Case& c, const Matrix& matrix, const std::vector<uint16_t>& activations,
                             int threads) {
-  ThreadPool pool(threads);
+  const auto pool = ThreadPool::Create(threads).value();
   std::vector<float> out(static_cast<size_t>(c.tokens * c.rows));
-  Linear(pool, c.kernels, matrix, c.codec.bytes_per_weight, activations.data(), c.tokens, out.data());
+  Linear(*pool, c.kernels, matrix, c.codec.bytes_per_weight, activations.data(), c.tokens, out.data());
   return out;
 }
 

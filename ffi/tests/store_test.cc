@@ -10,7 +10,7 @@ namespace {
 constexpr StoreShape kShape{2, 3, 136, 8};  // hidden, then ffn: gate and up are [8, 136], down is [136, 8]
 
 std::shared_ptr<ExpertStore> NewStore(const char* codec, StoreShape shape = kShape) {
-  auto compute = std::make_shared<Compute>(2, *SelectIsa("scalar").value());
+  auto compute = Compute::Create(2, "scalar").value();
   return ExpertStore::Create(compute, FindCodec(codec).value(), shape).value();
 }
 
@@ -81,17 +81,18 @@ void TestCloseWaitsForReaders() {
   std::future<void> closed;
   {
     const auto reading = store->Read();
-    closed = std::async(std::launch::async, [&] { store->Close(); });
+    closed = std::async(std::launch::async, [&] { store->Close(Fail("closed for the test")); });
     CHECK(closed.wait_for(std::chrono::milliseconds(20)) == std::future_status::timeout);
   }
   closed.get();
-  CHECK_EQ(store->Read().error().message, "the expert store is closed");
-  CHECK_EQ(store->Freeze().error().message, "the expert store is closed");
-  store->Close();
+  CHECK_EQ(store->Read().error().message, "closed for the test");
+  CHECK_EQ(store->Freeze().error().message, "closed for the test");
+  store->Close(Fail("closed again"));
+  CHECK_EQ(store->Read().error().message, "closed again");
 }
 
 void TestSizesAreChecked() {
-  auto compute = std::make_shared<Compute>(1, *SelectIsa("scalar").value());
+  auto compute = Compute::Create(1, "scalar").value();
   const auto store = ExpertStore::Create(compute, FindCodec("bf16").value(), {1, 1, 0, 1});
   CHECK_EQ(store.error().message, "hidden: expected a positive number, got 0");
 }
@@ -103,6 +104,7 @@ void TestIdsAreNotReused() {
   const int64_t second = Stores().Add(NewStore("bf16"));
   CHECK(first != second);
   CHECK_EQ(Stores().Find(first).error().message, "expert store " + std::to_string(first) + " is closed");
+  CHECK_EQ(Stores().Closed(first).message, Stores().Find(first).error().message);
   CHECK_EQ(Stores().Find(second + 1).error().message,
            "expert store " + std::to_string(second + 1) + " does not exist");
   CHECK(Stores().Find(second).ok());

@@ -25,7 +25,7 @@ std::string DtypeName(ffi::DataType dtype) {
     case ffi::DataType::F8E4M3FN:
       return "float8_e4m3fn";
     default:
-      return Fail("dtype number ", static_cast<int>(dtype)).message;
+      return Text("dtype number ", static_cast<int>(dtype));
   }
 }
 

@@ -36,7 +36,7 @@ Status Run(ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::AnyBuffer scale, int64_
   if (Status s = CheckArgument("result", out, {ffi::F32}, {tokens, rows}); !s.ok()) return s;
 
   const Matrix matrix{DataOf<const uint8_t>(weight), DataOf<const uint8_t>(scale), rows, cols};
-  Linear(pool.value()->pool, pool.value()->isa.For(codec.value().id), matrix, codec.value().bytes_per_weight,
+  Linear(*pool.value()->pool, pool.value()->isa.For(codec.value().id), matrix, codec.value().bytes_per_weight,
          DataOf<const uint16_t>(x), tokens, DataOf<float>(out));
   return {};
 }

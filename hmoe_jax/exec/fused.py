@@ -22,14 +22,17 @@ from hmoe_jax.kernels.pool import ThreadPool
 def load_experts(
     config: ModelConfig, checkpoint: Checkpoint, *, pool: ThreadPool, advance: Callable[[int], None]
 ) -> ExpertBackend:
-    """Maps all experts without copying them. The backend's `close` closes the store, not the pool."""
+    """Maps all experts without copying them. The backend's `close` closes the store, not the pool.
+
+    `advance` is told the bytes of the scales, which are checked: weights are read when they are chosen.
+    """
 
     def tensors() -> Iterator[ExpertTensor]:
         for spec in describe_experts(config):
             weight = checkpoint.array(spec.projection.weight.name)
             scale = spec.projection.scale and read_scales(checkpoint, spec.projection.scale.name)
             yield ExpertTensor(spec.layer, spec.expert, spec.matrix, weight, scale)
-            advance(weight.nbytes)
+            advance(0 if scale is None else scale.nbytes)
 
     shape = StoreShape(config.num_moe_layers, config.num_experts, config.hidden_size, config.expert_ffn)
     store = ExpertStore(tensors(), shape=shape, codec=_codec(config, checkpoint), pool=pool)

@@ -23,16 +23,21 @@ from hmoe_jax.kernels.moe_experts_reference import ExpertArrays, ExpertMatrices,
 def load_experts(
     config: ModelConfig, checkpoint: Checkpoint, *, dtype: DTypeLike, advance: Callable[[int], None]
 ) -> ExpertBackend:
-    """Copies all experts to the default device; those stored without scales become `dtype`."""
+    """Copies all experts to the default device; those stored without scales become `dtype`. `advance` is told bytes."""
     stacks: dict[tuple[int, str], list[tuple[np.ndarray, np.ndarray | None]]] = {}
     for spec in describe_experts(config):
         weight = checkpoint.array(spec.projection.weight.name)
         scale = spec.projection.scale and read_scales(checkpoint, spec.projection.scale.name)
         stacks.setdefault((spec.layer, spec.matrix), []).append((weight, scale))
-        advance(weight.nbytes)
+
+    def read(layer: int, matrix: str) -> ExpertMatrices:
+        experts = stacks.pop((layer, matrix))
+        matrices = _stack(experts, dtype)
+        advance(sum(weight.nbytes + (0 if scale is None else scale.nbytes) for weight, scale in experts))
+        return matrices
+
     operand = tuple(
-        ExpertArrays(**{matrix: _stack(stacks.pop((layer, matrix)), dtype) for matrix in MATRICES})
-        for layer in range(config.num_moe_layers)
+        ExpertArrays(**{matrix: read(layer, matrix) for matrix in MATRICES}) for layer in range(config.num_moe_layers)
     )
     return ExpertBackend(name="graph", operand=operand, bind=_bind, stats=None, close=lambda: None)
 

@@ -13,7 +13,12 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from hmoe_jax.architectures.deepseek_v3 import Moe, Weights, prepare
-from hmoe_jax.architectures.deepseek_v3_checkpoint import describe, expected_tensors, is_ignored
+from hmoe_jax.architectures.deepseek_v3_checkpoint import (
+    describe,
+    describe_experts,
+    expected_tensors,
+    is_ignored,
+)
 from hmoe_jax.checkpoint.index import Checkpoint
 from hmoe_jax.checkpoint.specs import TensorSpec, check_scales, check_tensors
 from hmoe_jax.config import ModelConfig
@@ -29,6 +34,13 @@ def check_checkpoint(config: ModelConfig, checkpoint: Checkpoint) -> None:
     num_skipped = len(checkpoint.entries) - len(expected)
     if num_skipped:
         logger.info("skipped: %d tensors of multi-token-prediction layers or saved rotary frequencies", num_skipped)
+
+
+def bytes_to_read(config: ModelConfig, checkpoint: Checkpoint, *, maps_experts: bool) -> int:
+    """What a load reads of a checked checkpoint: of experts that are mapped, the scales alone."""
+    experts = [spec.projection for spec in describe_experts(config)]
+    read = [projection.scale for projection in experts] if maps_experts else experts
+    return sum(checkpoint.entries[spec.name].num_bytes for spec in jax.tree.leaves((describe(config), read)))
 
 
 def load_weights(

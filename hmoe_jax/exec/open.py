@@ -14,7 +14,7 @@ from hmoe_jax.checkpoint.index import open_checkpoint
 from hmoe_jax.checkpoint.progress import byte_progress
 from hmoe_jax.config import read_config
 from hmoe_jax.exec import fused, graph
-from hmoe_jax.exec.load import check_checkpoint, load_weights
+from hmoe_jax.exec.load import bytes_to_read, check_checkpoint, load_weights
 from hmoe_jax.exec.plan import EngineOptions, Plan, find_hardware, resolve
 from hmoe_jax.exec.programs import Executor
 from hmoe_jax.kernels.pool import ThreadPool
@@ -39,7 +39,8 @@ def open_executor(
             integrity.verify(folder, on_bytes=advance)
     with ExitStack() as owned, open_checkpoint(folder) as checkpoint, jax.default_device(plan.device):
         check_checkpoint(config, checkpoint)
-        with byte_progress(checkpoint.total_bytes, label="loading") as advance:
+        num_bytes = bytes_to_read(config, checkpoint, maps_experts=plan.executor == "fused")
+        with byte_progress(num_bytes, label="loading") as advance:
             if plan.executor == "fused":
                 pool = ThreadPool(plan.num_threads, isa=plan.isa)
                 owned.callback(pool.close)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, no_type_check
 
 import jax
@@ -14,6 +15,7 @@ from hmoe_jax.config import ModelConfig
 from hmoe_jax.exec.buckets import Buckets
 from hmoe_jax.kernels.pool import available_isas, resolve_num_threads
 from hmoe_jax.kv.pages import CacheLayout
+from hmoe_jax.perf.sizes import count_parameters
 
 PAGE_SIZE = 64
 """Tokens in a page of the cache."""
@@ -25,6 +27,9 @@ KV_SHARE = 0.25
 """The part of the device's memory that the cache may take by default."""
 
 SMALLEST_PREFILL = 32
+
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where Linux tells a container how much memory it may use: control groups version 2 ("max" for all) and 1."""
 
 
 @no_type_check  # for run-time checkers: wrong types get the same ValueError under pytest as elsewhere
@@ -106,8 +111,13 @@ def find_hardware(device: Literal["auto", "cpu", "gpu"]) -> Hardware:
     except RuntimeError as error:
         raise ValueError(f"device {device!r} is not available: {error}") from None
     stats = found.memory_stats() if found.platform != "cpu" else None
+    return Hardware(found, stats["bytes_limit"] if stats else _usable_ram_bytes())
+
+
+def _usable_ram_bytes() -> int:
+    limits = [file.read_text().strip() for file in CGROUP_LIMITS if file.is_file()]
     ram_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Hardware(found, stats["bytes_limit"] if stats else ram_bytes)
+    return min([ram_bytes, *(int(limit) for limit in limits if limit.isdecimal())])
 
 
 def resolve(options: EngineOptions, config: ModelConfig, hardware: Hardware) -> Plan:
@@ -117,6 +127,8 @@ def resolve(options: EngineOptions, config: ModelConfig, hardware: Hardware) -> 
     if options.dtype == "auto":
         reasons["dtype"] = f"{dtype}, as the checkpoint says"
     executor = _executor(options, hardware, dtype, reasons)
+    if executor == "graph":
+        _check_fits(config, hardware, dtype)
     isa, isas = options.isa, available_isas()
     if isa != "auto" and isa not in isas:
         raise ValueError(f"isa must be auto or one of {', '.join(isas)}, which this CPU offers, got {isa!r}")
@@ -156,6 +168,19 @@ def _executor(
         return "graph"
     reasons["executor"] = "fused: routed experts in native kernels, on the CPU platform"
     return "fused"
+
+
+def _check_fits(config: ModelConfig, hardware: Hardware, dtype: str) -> None:
+    """Counts neither scales nor what an FP8 checkpoint keeps in BF16: what is refused here cannot fit."""
+    count, itemsize = count_parameters(config), jnp.dtype(dtype).itemsize
+    matrices = count.attention + count.dense_mlp + count.shared_experts + count.routed
+    weight_bytes = matrices * (1 if config.fp8 else itemsize) + (count.total - matrices) * itemsize
+    if weight_bytes > hardware.memory_bytes:
+        raise ValueError(
+            f"executor 'graph' needs all weights in memory, at least {weight_bytes:,} bytes, but device "
+            f"{hardware.platform!r} has {hardware.memory_bytes:,}: "
+            "use executor 'fused' with device 'cpu' and dtype 'bfloat16'"
+        )
 
 
 def _layout(

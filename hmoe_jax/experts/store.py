@@ -9,11 +9,12 @@ from typing import Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from hmoe_jax.architectures.deepseek_v3_checkpoint import Matrix
 from hmoe_jax.kernels import _native
 from hmoe_jax.kernels.pool import ThreadPool
+from hmoe_jax.quant import num_blocks
 
 Codec = Literal["bf16", "fp8_block"]
-Matrix = Literal["gate", "up", "down"]
 WEIGHT_DTYPE = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp8_block": np.dtype(ml_dtypes.float8_e4m3fn)}
 
 
@@ -85,7 +86,7 @@ class ExpertStore:
         scales = None
         if tensor.scale is not None:
             rows, cols = self.shape.matrix(tensor.matrix)
-            _check(f"{place} scale", tensor.scale, np.dtype(np.float32), (-(-rows // 128), -(-cols // 128)))
+            _check(f"{place} scale", tensor.scale, np.dtype(np.float32), (num_blocks(rows), num_blocks(cols)))
             scales = _bytes(tensor.scale)
         self.native.add(tensor.layer, tensor.expert, tensor.matrix, _bytes(tensor.weight), scales)
 

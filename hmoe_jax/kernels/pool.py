@@ -14,7 +14,8 @@ class ThreadPool:
     """Owns the threads and the choice of ISA. A context manager; `close()` ends it.
 
     The threads live on until every `ExpertStore` made with the pool is closed too. `isa` is one of
-    `available_isas()`, or "auto" for the best of them. Raises `ValueError` for what this machine does not offer.
+    `available_isas()`, or "auto" for the best of them. Raises `ValueError` for what this machine does not offer, and
+    when it does not start the threads.
     """
 
     def __init__(self, num_threads: int | str = "auto", *, isa: str = "auto"):

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from hmoe_jax.core import record
 from hmoe_jax.nn.einsum import einsum_f32
@@ -97,9 +97,9 @@ def _online_softmax(
 
     def step(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         best, total, mixed = state
-        scores, mix = scores_and_values(context.chunk(i))
         slots = i * context.chunk_len + jnp.arange(context.chunk_len)
         visible = slots <= context.positions[:, None]
+        scores, mix = scores_and_values(_without_unseen(context.chunk(i), visible))
         scores = jnp.where(visible[:, None, :], scores * scale, -jnp.inf)
         # Slot 0 is visible to every query, so `best` is finite from the first chunk on.
         new_best = jnp.maximum(best, scores.max(axis=-1))
@@ -114,3 +114,9 @@ def _online_softmax(
     )
     _, total, mixed = lax.fori_loop(0, context.num_chunks, step, start)
     return (mixed / total[..., None]).astype(dtype)
+
+
+def _without_unseen(latents: Float[Array, "*t s w"], visible: Bool[Array, "t s"]) -> Float[Array, "*t s w"]:
+    """Zeros where nobody looks: an earlier sequence may have left NaN in a page, which a weight of 0 does not stop."""
+    seen = visible if latents.ndim == 3 else visible.any(axis=0)
+    return jnp.where(seen[..., None], latents, 0)

@@ -18,6 +18,7 @@ def cache_setting() -> Iterator[None]:
     """The cache is JAX's, of the whole process: other tests shall not find it on."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
     yield
     for name, value in before.items():
         jax.config.update(name, value)
@@ -66,6 +67,45 @@ def test_a_default_directory_that_cannot_be_written_is_a_warning(
     assert f"compilation cache {blocked}" in caplog.text
     assert "every start compiles anew" in caplog.text
     assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_no_home_directory_is_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    enable_compilation_cache("auto")
+    assert caplog.messages == ["no compilation cache (Could not determine home directory.): every start compiles anew"]
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_cache_that_is_configured_already_is_left_alone_unless_another_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "default"))
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "theirs"))
+    enable_compilation_cache("auto")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "theirs")
+    assert not (tmp_path / "default").exists()
+    enable_compilation_cache(tmp_path / "named")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "named")
+
+
+def test_an_entry_left_empty_by_an_interrupt_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "MIN_COMPILE_S", 0.0)
+
+    def run() -> set[Path]:
+        jax.clear_caches()
+        enable_compilation_cache(tmp_path)
+        compile_something(7.0)
+        return set(tmp_path.iterdir())
+
+    entries = run()
+    for entry in entries:
+        entry.write_bytes(b"")
+    assert run() == entries  # and JAX's warning of an unreadable entry would be an error
+    assert all(entry.stat().st_size for entry in entries)
 
 
 def test_the_default_directory_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

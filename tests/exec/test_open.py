@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hmoe_jax.checkpoint.index import open_checkpoint
 from hmoe_jax.core import CheckpointError, ConfigError
 from hmoe_jax.exec import open as open_module
 from hmoe_jax.exec.open import open_executor
@@ -68,6 +71,30 @@ def test_a_failure_on_the_way_leaves_nothing_open(
     with pytest.raises(MemoryError, match="no room"):
         open_executor(folder, EngineOptions(**SMALL))
     assert closed == left
+
+
+@pytest.mark.parametrize("name", ["deepseek", "plain"])
+@pytest.mark.parametrize("executor", ["fused", "graph"])
+def test_the_bar_counts_what_is_read_and_ends_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, executor: str
+) -> None:
+    bars: dict[str, list[int]] = {}
+
+    @contextmanager
+    def progress(total_bytes: int, *, label: str) -> Iterator[Callable[[int], None]]:
+        bars[label] = [total_bytes]
+        yield bars[label].append
+
+    monkeypatch.setattr(open_module, "byte_progress", progress)
+    write_tiny(tmp_path, name)
+    open_executor(tmp_path, EngineOptions(executor=executor, **SMALL))[0].close()
+    with open_checkpoint(tmp_path) as checkpoint:
+        mtp_prefix = "model.layers.4." if name == "deepseek" else "none"
+        kept = {entry.name: entry.num_bytes for entry in checkpoint.entries.values() if mtp_prefix not in entry.name}
+    mapped = {tensor for tensor in kept if ".mlp.experts." in tensor and tensor.endswith(".weight")}
+    expected = sum(size for tensor, size in kept.items() if executor == "graph" or tensor not in mapped)
+    total, *told = bars["loading"]
+    assert total == sum(told) == expected
 
 
 def test_automatic_choices_are_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -10,7 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from hmoe_jax.config import ModelConfig, parse_config
+from hmoe_jax.architectures.deepseek_v3_checkpoint import expected_tensors
+from hmoe_jax.config import ModelConfig, parse_config, read_config
+from hmoe_jax.exec import plan as plan_module
 from hmoe_jax.exec.plan import (
     CHUNK_LEN,
     KV_SHARE,
@@ -150,6 +155,27 @@ def test_a_machine_too_small_for_one_sequence_is_named_as_such() -> None:
         plan(hardware=Hardware(CPU.device, 1000))
 
 
+def write_limits(folder: Path, monkeypatch: pytest.MonkeyPatch, *limits: str) -> None:
+    files = [folder / str(version) for version in range(3)]
+    for file, limit in zip(files, limits, strict=False):
+        file.write_text(f"{limit}\n")
+    monkeypatch.setattr(plan_module, "CGROUP_LIMITS", files)
+
+
+@pytest.mark.parametrize("limits", [["1000000"], ["max", "1000000"], ["9223372036854771712", "1000000"]], ids=str)
+def test_a_containers_limit_is_its_memory(limits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_limits(tmp_path, monkeypatch, *limits)
+    assert find_hardware("cpu").memory_bytes == 1_000_000
+
+
+@pytest.mark.parametrize("limits", [[], ["max"], ["9223372036854771712"]], ids=str)
+def test_without_a_limit_all_memory_is_the_processs(
+    limits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_limits(tmp_path, monkeypatch, *limits)
+    assert find_hardware("cpu").memory_bytes == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 # --- wishes that cannot be met ---
 
 
@@ -217,6 +243,25 @@ def test_on_a_gpu_all_weights_are_on_it() -> None:
     chosen = plan(hardware=GPU)
     assert (chosen.executor, chosen.device) == ("graph", GPU.device)
     assert chosen.reasons["executor"] == "graph, as the device is 'gpu': all weights must fit it"
+
+
+@pytest.mark.parametrize("wish", ["auto", "graph"])
+@pytest.mark.parametrize("hardware", [GPU, CPU], ids=["gpu", "cpu"])
+def test_weights_that_cannot_fit_the_device_are_refused_with_both_numbers(wish: str, hardware: Hardware) -> None:
+    deepseek = read_config(Path(__file__).parents[2] / "models" / "deepseek-v3")
+    options = EngineOptions(executor=wish, dtype="float32")
+    message = rf"at least 67\d,\d\d\d,\d\d\d,\d\d\d bytes, but device .* has {hardware.memory_bytes:,}: use executor"
+    with pytest.raises(ValueError, match=message):
+        resolve(options, deepseek, hardware)
+    resolve(options, deepseek, Hardware(hardware.device, 700 * GB))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_estimate_exceeds_the_weights(name: str) -> None:
+    tensors = expected_tensors(config(name)).values()
+    sizes = {"F8_E4M3": 1, "F32": 4, "BF16": np.dtype(config(name).dtype.replace("bfloat16", "uint16")).itemsize}
+    held = sum(math.prod(tensor.shape) * sizes[tensor.dtypes[0]] for tensor in tensors)
+    resolve(EngineOptions(executor="graph", kv_cache_bytes=GB), config(name), Hardware(CPU.device, held))
 
 
 def test_native_kernels_need_the_cpu() -> None:

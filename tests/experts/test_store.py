@@ -1,4 +1,5 @@
 import gc
+import threading
 import weakref
 
 import jax.numpy as jnp
@@ -102,6 +103,39 @@ def test_a_store_outlives_its_pools_owner():
     assert np.isfinite(moe_experts(*batch.operands, layer=jnp.int32(0), store=store.id)).all()
     store.close()
     store.close()
+
+
+def test_two_threads_may_close_a_store_at_once(pool):
+    experts = Experts.random(SHAPE, "bf16")
+    for _ in range(50):
+        store, start = experts.store(pool), threading.Barrier(2)
+
+        def close(store: ExpertStore = store, start: threading.Barrier = start) -> None:
+            start.wait()
+            store.close()
+
+        closers = [threading.Thread(target=close) for _ in range(2)]
+        for closer in closers:
+            closer.start()
+        for closer in closers:
+            closer.join()
+
+
+def test_a_store_may_be_closed_by_what_its_arrays_run_when_they_go(pool):
+    tensors = [t._replace(weight=t.weight.copy()) for t in Experts.random(SHAPE, "bf16").tensors]
+    store = ExpertStore(tensors, shape=SHAPE, codec="bf16", pool=pool)
+    ends = [weakref.finalize(tensor.weight, store.close) for tensor in tensors]
+    del tensors
+    store.close()
+    gc.collect()
+    assert not any(end.alive for end in ends)
+
+
+def test_a_closed_store_says_so_by_number(pool):
+    store = Experts.random(SHAPE, "bf16").store(pool)
+    store.close()
+    with pytest.raises(ValueError, match=f"expert store {store.id} is closed"):
+        store.native.freeze()
 
 
 def test_a_store_on_a_closed_pool_is_refused():

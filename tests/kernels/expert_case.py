@@ -10,11 +10,11 @@ import ml_dtypes
 import numpy as np
 
 from hmoe_jax import quant
+from hmoe_jax.architectures.deepseek_v3_checkpoint import MATRICES
 from hmoe_jax.experts.store import ExpertStore, ExpertTensor, StoreShape
 from hmoe_jax.kernels.moe_experts_reference import ExpertArrays, ExpertMatrices
 from hmoe_jax.kernels.pool import ThreadPool
 
-MATRICES = ("gate", "up", "down")
 BF16_EPS = 2.0**-8
 # What JAX makes of a refusal by a handler: compiled programs and eager calls differ.
 XLA_ERRORS = (ValueError, jax.errors.JaxRuntimeError)

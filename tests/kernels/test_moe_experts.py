@@ -143,7 +143,7 @@ def test_closing_while_calls_run_ends_them_with_an_error_or_a_result():
         for thread in threads:
             thread.join()
     assert len(errors) == 2
-    assert all("closed" in error for error in errors)
+    assert all(f"expert store {store.id} is closed" in error for error in errors)
 
 
 @pytest.mark.parametrize(

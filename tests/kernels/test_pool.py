@@ -1,4 +1,8 @@
 import os
+import re
+import subprocess
+import sys
+import threading
 
 import pytest
 
@@ -56,6 +60,47 @@ def test_a_closed_pool_says_so():
     pool.close()
     with pytest.raises(ValueError, match=f"thread pool {pool.id} is closed"):
         _ = pool.num_threads
+
+
+def test_two_threads_may_close_a_pool_at_once():
+    for _ in range(50):
+        pool, start = ThreadPool(1), threading.Barrier(2)
+
+        def close(pool: ThreadPool = pool, start: threading.Barrier = start) -> None:
+            start.wait()
+            pool.close()
+
+        closers = [threading.Thread(target=close) for _ in range(2)]
+        for closer in closers:
+            closer.start()
+        for closer in closers:
+            closer.join()
+
+
+# Memory for the stacks of a few threads, not of 63.
+TOO_FEW_THREADS = """
+import os, re, resource
+from hmoe_jax.kernels import _native
+
+num_threads = lambda: len(os.listdir("/proc/self/task"))
+before = num_threads()
+size = int(re.search(r"VmSize:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (size + (40 << 20), resource.RLIM_INFINITY))
+try:
+    _native.ThreadPool(64, "scalar")
+except ValueError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert num_threads() == before, (num_threads(), before)
+_native.ThreadPool(64, "scalar").close()
+"""
+
+
+def test_threads_that_do_not_start_are_an_error_and_leave_none_behind():
+    child = subprocess.run([sys.executable, "-c", TOO_FEW_THREADS], capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    sentence = r"num_threads: 64 need 63 threads beside the caller, \d+ started: Resource temporarily unavailable\n"
+    assert re.fullmatch(sentence, child.stdout)
 
 
 def test_read_bandwidth_is_a_positive_number(pool):

@@ -76,6 +76,6 @@ struct Avx2 {
 
 }  // namespace
 
-const IsaKernels kAvx2Kernels = MakeKernels<Avx2>();
+constinit const IsaKernels kAvx2Kernels = MakeKernels<Avx2>();
 
 }  // namespace hmoe

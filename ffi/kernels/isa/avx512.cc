@@ -69,6 +69,6 @@ struct Avx512 {
 
 }  // namespace
 
-const IsaKernels kAvx512Kernels = MakeKernels<Avx512>();
+constinit const IsaKernels kAvx512Kernels = MakeKernels<Avx512>();
 
 }  // namespace hmoe

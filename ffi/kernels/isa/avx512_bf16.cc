@@ -63,6 +63,6 @@ struct Avx512Bf16 {
 
 }  // namespace
 
-const IsaKernels kAvx512Bf16Kernels = MakeKernels<Avx512Bf16>();
+constinit const IsaKernels kAvx512Bf16Kernels = MakeKernels<Avx512Bf16>();
 
 }  // namespace hmoe

@@ -65,6 +65,6 @@ struct Scalar {
 
 }  // namespace
 
-const IsaKernels kScalarKernels = MakeKernels<Scalar>();
+constinit const IsaKernels kScalarKernels = MakeKernels<Scalar>();
 
 }  // namespace hmoe
