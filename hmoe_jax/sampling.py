@@ -1,7 +1,8 @@
 """From logits to the next token, on the device, inside the step program.
 
 Every running sequence has a row in `SamplerState`. A row's draws depend on its own seed and on how many tokens it has
-drawn, on nothing else: a seeded request draws the same numbers whatever it is batched with. Order of operations as in vLLM.
+drawn, on nothing else: a seeded request draws the same numbers whatever it is batched with. Order of operations as in
+vLLM.
 """
 
 from __future__ import annotations
