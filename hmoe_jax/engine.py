@@ -66,12 +66,12 @@ class Engine:
         try:
             self.tokenizer = None if skip_tokenizer_init else Tokenizer.from_folder(self._text_folder)
             self.default_sampling_params = default_sampling_params(self.folder)
+            self._eos_ids = self._find_eos_ids()
             if warm_up:
                 self._warm_up(use_tqdm)
         except BaseException:
             self._executor.close()
             raise
-        self._eos_ids = self._find_eos_ids()
         self._loop = ServingLoop(self._executor)
         self._ids, self._seeds = itertools.count(), np.random.SeedSequence(seed)
 
@@ -159,10 +159,13 @@ class Engine:
             job()
 
     def _find_eos_ids(self) -> tuple[int, ...]:
-        """What ends a text: by the model's files, and by the tokenizer's."""
+        """What ends a text: by the model's files, and by the tokenizer's. Raises `ConfigError`."""
         by_model = eos_ids_of_folder(self.folder)
         by_tokenizer = self.tokenizer.eos_ids if self.tokenizer else ()
-        return tuple(dict.fromkeys([*by_model, *by_tokenizer]))
+        ids = tuple(dict.fromkeys([*by_model, *by_tokenizer]))
+        if any(not 0 <= i < self.config.vocab_size for i in ids):
+            raise ConfigError(f"{self.folder}: end-of-text ids {ids} exceed the {self.config.vocab_size} tokens")
+        return ids
 
     def _complete(
         self,

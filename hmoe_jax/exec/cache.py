@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -58,5 +59,6 @@ def _remove_empty_entries(path: Path) -> None:
     An entry cut off inside (SIGTERM, a full disk) cannot be told without unpacking all: JAX warns and compiles anew.
     """
     for entry in path.glob("*-cache"):
-        if entry.stat().st_size == 0:
-            entry.unlink(missing_ok=True)
+        with suppress(OSError):  # gone by now, or somebody else's
+            if entry.stat().st_size == 0:
+                entry.unlink()
