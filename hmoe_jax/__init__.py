@@ -1,5 +1,7 @@
 """hmoe_jax: a JAX/XLA inference engine for Mixture-of-Experts models larger than the accelerator's memory."""
 
+from importlib.metadata import version
+
 from hmoe_jax.core import CheckpointError, ConfigError, HmoeError
 from hmoe_jax.engine import Engine
 from hmoe_jax.outputs import CompletionOutput, Logprob, RequestOutput
@@ -15,3 +17,5 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
 ]
+
+__version__ = version("hmoe-jax")
