@@ -7,6 +7,7 @@ Ends with an error if any figure exceeds its bound; the table is then not writte
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -84,6 +85,7 @@ def perplexity_line() -> str:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    logging.getLogger("hmoe_jax").setLevel(logging.WARNING)  # the plan of every executor is not asked for
     rows = "\n".join([*table(list(measure_all())), "", perplexity_line()])
     print(rows)
     if _OUT.value:
