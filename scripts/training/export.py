@@ -94,7 +94,7 @@ def _write_files(
             "bos_token_id": fields["bos_token_id"],
             "eos_token_id": fields["eos_token_id"],
             "do_sample": True,
-            "temperature": 0.7,
+            "temperature": 0.5,
             "top_p": 0.95,
         },
     )
