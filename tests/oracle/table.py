@@ -42,8 +42,8 @@ branch of the mathematics, and the trained one of `models/embedded`, as it is an
   and batched cached decode.
 - **KL**: KL(oracle || ours) in nats per token, mean over the text, with the same experts (at most {MAX_MEAN_KL:.0e});
   **free KL**: over the continuations too, with the oracle choosing its own experts (the same limit for the trained
-  model). In BF16 a router meets near ties, and a random model's experts have nothing in common, so one flip changes a token's logits much more than
-  in a trained model. Every flip is checked to be a near tie by the oracle's scores.
+  model). In BF16 a router meets near ties, and a random model's experts have nothing in common, so one flip changes a
+  token's logits much more than in a trained model. Every flip is checked to be a near tie by the oracle's scores.
 - **rerouted**: tokens of the text with another expert than the oracle's in some layer.
 - **greedy**: tokens equal to the oracle's before the first difference of each of eight prompts. In FP32, and for the
   trained model, a first difference must be a near tie of the oracle's two best tokens.
