@@ -59,7 +59,8 @@ def read_steps(trace: bytes) -> list[Step]:
     """The steps of a recorded trace, in order."""
     windows: list[tuple[float, float, str]] = []
     ops: list[Op] = []
-    for plane in ProfileData.from_serialized_xspace(trace).planes:
+    profile = ProfileData.from_serialized_xspace(trace)  # planes point into it
+    for plane in profile.planes:
         for line in plane.lines:
             thread = f"{plane.name} {line.name}"
             for event in line.events:
