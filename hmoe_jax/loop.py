@@ -95,12 +95,12 @@ class ServingLoop:
                 wait([step])
             except KeyboardInterrupt as error:
                 interrupt = error
-        if interrupt is not None:
-            raise interrupt
         if step.exception() is not None:
             for sequence in [each for each in self._requests if each.is_admitted]:
                 self._abort(sequence)
             self._executor.reset()
+        if interrupt is not None:
+            raise interrupt
         step.result()
 
     def _step(self) -> None:

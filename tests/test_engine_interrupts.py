@@ -204,3 +204,16 @@ def test_a_program_that_fails_costs_the_sequences_in_it_and_not_the_engine(engin
     with pytest.raises(RuntimeError, match="the device is on fire"):
         engine.generate(*REQUEST, use_tqdm=False)
     assert tokens(engine.generate(*REQUEST, use_tqdm=False)) == want
+
+
+def test_ctrl_c_in_a_step_that_fails_leaves_a_usable_engine(engine: Engine, in_step: Inject) -> None:
+    want = tokens(engine.generate(*REQUEST, use_tqdm=False))
+
+    def fail() -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("the device is on fire")
+
+    in_step(2, fail)
+    with pytest.raises((KeyboardInterrupt, RuntimeError)):
+        engine.generate(*REQUEST, use_tqdm=False)
+    assert tokens(engine.generate(*REQUEST, use_tqdm=False)) == want
