@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,57 +50,37 @@ def write_folder(
 
     The folder is replaced as a whole, at the end: an engine that has it mapped keeps what it has.
     """
-    partial, old = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _write_files(partial, fields, weights, experts, tokenizer, card=card, fp8=fp8)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_files(
-    folder: Path,
-    fields: dict[str, Any],
-    weights: Weights,
-    experts: ExpertWeights,
-    tokenizer: Tokenizer,
-    *,
-    card: str,
-    fp8: bool,
-) -> None:
     fields = {**fields, "quantization_config": _FP8_CONFIG} if fp8 else fields
-    _write_json(folder / "config.json", fields)
-    tensors = dict(_tensors(fields, weights, experts))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # the library writes it for its owner alone
-    tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": BOS,
-            "eos_token": EOS,
-            "add_bos_token": True,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": fields["max_position_embeddings"],
-            "chat_template": CHAT_TEMPLATE,
-        },
-    )
-    _write_json(
-        folder / "generation_config.json",
-        {
-            "bos_token_id": fields["bos_token_id"],
-            "eos_token_id": fields["eos_token_id"],
-            "do_sample": True,
-            "temperature": 0.5,
-            "top_p": 0.95,
-        },
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    write_sums(folder)
+    with _replacing(folder) as new:
+        _write_json(new / "config.json", fields)
+        tensors = dict(_tensors(fields, weights, experts))
+        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        (new / "model.safetensors").chmod(0o644)  # the library writes it for its owner alone
+        tokenizer.save(str(new / "tokenizer.json"))
+        _write_json(
+            new / "tokenizer_config.json",
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": BOS,
+                "eos_token": EOS,
+                "add_bos_token": True,
+                "clean_up_tokenization_spaces": False,
+                "model_max_length": fields["max_position_embeddings"],
+                "chat_template": CHAT_TEMPLATE,
+            },
+        )
+        _write_json(
+            new / "generation_config.json",
+            {
+                "bos_token_id": fields["bos_token_id"],
+                "eos_token_id": fields["eos_token_id"],
+                "do_sample": True,
+                "temperature": 0.5,
+                "top_p": 0.95,
+            },
+        )
+        (new / "README.md").write_text(card, encoding="utf-8")
+        write_sums(new)
 
 
 def read_folder(folder: Path, fields: dict[str, Any]) -> tuple[Weights, ExpertWeights]:
@@ -147,6 +128,20 @@ def through_fp8(weights: Weights, experts: ExpertWeights, fields: dict[str, Any]
     )
     new_experts = jax.tree.map(lambda stack: np.stack([[rounded(w) for w in layer] for layer in stack]), experts)
     return new_weights, new_experts
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` at the end, if all went well."""
+    partial, old = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _tensors(fields: dict[str, Any], weights: Weights, experts: ExpertWeights) -> Iterator[tuple[str, np.ndarray]]:
