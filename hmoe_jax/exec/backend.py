@@ -17,7 +17,6 @@ class ExpertBackend:
     `stats` is None where XLA computes the experts and nobody counts. `close` frees what the backend owns.
     """
 
-    name: str
     operand: Any
     bind: Callable[[Any], RoutedExperts]
     stats: Callable[[], StoreStats] | None

@@ -39,7 +39,7 @@ def load_experts(
     operand = tuple(
         ExpertArrays(**{matrix: read(layer, matrix) for matrix in MATRICES}) for layer in range(config.num_moe_layers)
     )
-    return ExpertBackend(name="graph", operand=operand, bind=_bind, stats=None, close=lambda: None)
+    return ExpertBackend(operand=operand, bind=_bind, stats=None, close=lambda: None)
 
 
 def _stack(experts: list[tuple[np.ndarray, np.ndarray | None]], dtype: DTypeLike) -> ExpertMatrices:
