@@ -32,12 +32,18 @@ std::vector<float> Decode(std::string_view codec_name, std::string_view isa_name
   const Codec codec = Check(FindCodec(codec_name));
   const Isa* isa = Check(SelectIsa(isa_name));
   const auto size = static_cast<int64_t>(bytes.size());
-  if (size % (kBlock * codec.bytes_per_weight) != 0) {
+  if (size % codec.WeightBytes(1, kBlock) != 0) {
     Check(Fail("bytes: expected a multiple of ", kBlock, " weights, got ", size, " bytes"));
   }
-  std::vector<float> values(static_cast<size_t>(size / codec.bytes_per_weight));
+  std::vector<float> values(static_cast<size_t>(size * 8 / codec.bits_per_weight));
   isa->For(codec.id).decode(bytes.data(), std::ssize(values), values.data());
   return values;
+}
+
+std::vector<std::string> CodecNames() {
+  std::vector<std::string> names;
+  for (const Codec& codec : AllCodecs()) names.emplace_back(codec.name);
+  return names;
 }
 
 nb::dict Stats(PyExpertStore& self) {
@@ -68,7 +74,7 @@ void BindExpertStore(nb::module_& m) {
       .def("__init__", init, "pool"_a, "codec"_a, nb::kw_only(), "num_layers"_a, "num_experts"_a, "hidden"_a,
            "ffn"_a)
       .def("add", &PyExpertStore::Add, "layer"_a, "expert"_a, "matrix"_a, "weights"_a.noconvert(),
-           "scales"_a.noconvert().none())
+           "scales"_a.noconvert().none(), "scale_dtype"_a = "float32")
       .def("freeze", &PyExpertStore::Freeze)
       .def("close", &PyExpertStore::Close)
       .def_prop_ro("id", &PyExpertStore::id)
@@ -85,6 +91,7 @@ NB_MODULE(_native, m) {
   m.def("linear", [] { return Capsule(kLinearHandler); });
   m.def("isa_names", &OfferedIsaNames);
   m.def("all_isa_names", &AllIsaNames);
+  m.def("codec_names", &CodecNames);
   m.def("cpu_name", &CpuName);
   m.def("read_bandwidth", &MeasureReads, "pool"_a, "megabytes"_a);
   m.def("decode", &Decode, "codec"_a, "isa"_a, "bytes"_a.noconvert());

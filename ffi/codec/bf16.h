@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "codec/scaling.h"
+
 namespace hmoe {
 namespace {
 
@@ -18,12 +20,12 @@ constexpr uint16_t Bf16FromFloat(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// The three ways in which an ISA can turn stored bytes into operands. A codec writes a formula for each.
-enum class DecodeWay { kTable, kHalf, kByteLookUp };
-
 struct Bf16 {
-  static constexpr int kBytesPerWeight = 2;
-  static constexpr bool kHasScales = false;
+  static constexpr int kBits = 16;
+  static constexpr Scaling kScaling = Scaling::kNone;
+
+  template <typename V>
+  static constexpr int kStep = V::kStep;
 
   template <typename V>
   static constexpr float kFactor = 1;

@@ -1,86 +1,14 @@
-// E4M3FN weights, one byte each, with one float scale per block of 128 rows x 128 columns (DeepSeek-V3's
-// format).
-//
-// An encoding is sign, 4 bits of exponent (bias 7), 3 bits of mantissa. Exponent 0 is subnormal. There is no
-// infinity: 0x7f and 0xff are the only NaNs, and a NaN in a checkpoint must stay visible, so no route below
-// may turn it into 480. Every value is exact in bfloat16.
+// E4M3 with one float scale per block of 128 rows x 128 columns (DeepSeek-V3's format), or of 1 x 128.
 #pragma once
 
-#include <cstdint>
-
-#include "codec/bf16.h"
+#include "codec/e4m3.h"
+#include "codec/scaling.h"
 
 namespace hmoe {
 namespace {
 
-constexpr float FloatFromE4M3(uint8_t bits) {
-  const uint32_t exponent = (bits >> 3) & 15, mantissa = bits & 7, sign = uint32_t{bits & 0x80u} << 24;
-  if ((bits & 0x7f) == 0x7f) return __builtin_bit_cast(float, sign | 0x7fc00000);
-  if (exponent == 0) {
-    const float subnormal = static_cast<float>(mantissa) * 0x1p-9f;
-    return sign ? -subnormal : subnormal;
-  }
-  return __builtin_bit_cast(float, sign | (exponent - 7 + 127) << 23 | mantissa << 20);
-}
-
-struct E4M3Values {
-  float value[256];
-  constexpr E4M3Values() : value() {
-    for (int i = 0; i < 256; ++i) value[i] = FloatFromE4M3(static_cast<uint8_t>(i));
-  }
-};
-
-// The bfloat16 of the 128 encodings without sign, split into bytes, for machines that look bytes up.
-struct E4M3Bytes {
-  alignas(64) uint8_t low[128], high[128];
-  constexpr E4M3Bytes() : low(), high() {
-    for (int i = 0; i < 128; ++i) {
-      const uint16_t bits = Bf16FromFloat(FloatFromE4M3(static_cast<uint8_t>(i)));
-      low[i] = static_cast<uint8_t>(bits);
-      high[i] = static_cast<uint8_t>(bits >> 8);
-    }
-  }
-};
-
-constexpr E4M3Values kE4M3Values;
-constexpr E4M3Bytes kE4M3Bytes;
-
-struct Fp8Block {
-  static constexpr int kBytesPerWeight = 1;
-  static constexpr bool kHasScales = true;
-
-  // A decoded operand times this is the weight. The half route leaves out a power of two, which is exact to
-  // put back in the scale, once per 128 columns.
-  template <typename V>
-  static constexpr float kFactor = V::kWay == DecodeWay::kHalf ? 256.0f : 1.0f;
-
-  // Interleaving the low and high bytes leaves the columns of a step in another order; activations follow it.
-  template <typename V>
-  static constexpr int Position(int column) {
-    if constexpr (V::kWay == DecodeWay::kByteLookUp) return V::InterleavedPosition(column);
-    return column;
-  }
-
-  template <typename V>
-  static inline void Decode(const uint8_t* bytes, typename V::Operand* out) {
-    if constexpr (V::kWay == DecodeWay::kByteLookUp) {
-      // The look-up indexes with the low 7 bits and so ignores the sign, which the high byte takes over.
-      const auto encoded = V::LoadBytes(bytes);
-      const auto low = V::LookUp(kE4M3Bytes.low, encoded);
-      const auto high = V::CopyBits(V::LookUp(kE4M3Bytes.high, encoded), encoded, 0x80);
-      V::Interleave(low, high, out);
-    } else if constexpr (V::kWay == DecodeWay::kHalf) {
-      // Moved to the exponent's place of an IEEE half (bias 15) the same bits mean 2^-8 of the weight,
-      // subnormals included. Only the NaN needs help: exponent 15 is ordinary in a half, 31 is not.
-      const auto encoded = V::WidenBytes(bytes);
-      const auto magnitude = V::template ShiftLeft<7>(V::And(encoded, 0x7f));
-      const auto sign = V::template ShiftLeft<8>(V::And(encoded, 0x80));
-      const auto nan = V::And(V::Equal(magnitude, 0x7f << 7), 0x4000);
-      V::HalvesToFloats(V::Or(V::Or(magnitude, sign), nan), out);
-    } else {
-      V::LookUpFloats(kE4M3Values.value, bytes, out);
-    }
-  }
+struct Fp8Block : E4M3 {
+  static constexpr Scaling kScaling = Scaling::kBlock;
 };
 
 }  // namespace

@@ -2,35 +2,35 @@
 
 #include <algorithm>
 
-#include "codec/codec.h"
+#include "kernels/packed.h"
 #include "kernels/tasks.h"
 
 namespace hmoe {
 
-const uint8_t** PackTokens(ThreadPool::Session& session, const CodecKernels& kernels,
-                           const uint16_t* activations, int64_t num_tokens, int64_t cols) {
-  const int64_t padded = CeilDiv(cols, kBlock) * kBlock;
-  const int64_t stride = padded * kernels.packed_bytes;
-  auto* packed = session.scratch().Take<uint8_t>(num_tokens * stride);
-  auto** pointers = session.scratch().Take<const uint8_t*>(num_tokens);
-  session.Run(num_tokens, [&](int64_t t) noexcept {
-    kernels.pack(activations + t * cols, 0, cols, padded, packed + t * stride);
-    pointers[t] = packed + t * stride;
-  });
-  return pointers;
-}
-
-void Linear(ThreadPool& pool, const CodecKernels& kernels, const Matrix& matrix, int64_t bytes_per_weight,
+void Linear(ThreadPool& pool, const Isa& isa, const Codec& codec, const Matrix& matrix,
             const uint16_t* activations, int64_t num_tokens, float* out) {
   if (num_tokens == 0) return;
   ThreadPool::Session session(pool);
-  const uint8_t** packed = PackTokens(session, kernels, activations, num_tokens, matrix.cols);
-  const RowTasks tasks = CutRows(matrix.rows, matrix.cols * bytes_per_weight, 1, session.num_threads());
+  const CodecKernels& kernels = isa.For(codec.id);
+  const int64_t num_portions = CeilDiv(num_tokens, kMaxTokens);
+  auto* portions = session.scratch().Take<PackedTokens>(num_portions);
+  for (int64_t p = 0; p < num_portions; ++p) {
+    const int64_t count = std::min(kMaxTokens, num_tokens - p * kMaxTokens);
+    portions[p] = TakePacked(session.scratch(), kernels, count, matrix.cols);
+  }
+  session.Run(num_portions, [&](int64_t p) noexcept {
+    const uint16_t* rows[kMaxTokens];
+    for (int64_t t = 0; t < portions[p].tokens; ++t)
+      rows[t] = activations + (p * kMaxTokens + t) * matrix.cols;
+    kernels.pack(rows, 0, matrix.cols, portions[p].cols, portions[p]);
+  });
+
+  const RowTasks tasks =
+      CutRows({matrix.rows, codec.WeightBytes(1, matrix.cols), num_tokens, 1, session.num_threads()});
   session.Run(tasks.count(), [&](int64_t task) noexcept {
-    for (int64_t t = 0; t < num_tokens; t += kMaxTile) {
-      kernels.project(matrix, tasks.begin(task), tasks.end(task), packed + t,
-                      std::min<int64_t>(kMaxTile, num_tokens - t), out + t * matrix.rows + tasks.begin(task),
-                      matrix.rows);
+    for (int64_t p = 0; p < num_portions; ++p) {
+      kernels.project(matrix, tasks.begin(task), tasks.end(task), portions[p],
+                      out + p * kMaxTokens * matrix.rows + tasks.begin(task), matrix.rows, Workspace());
     }
   });
 }

@@ -2,16 +2,26 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 
-#include "codec/bf16.h"
-#include "kernels/linear.h"
+#include "kernels/packed.h"
 #include "kernels/tasks.h"
 
 namespace hmoe {
 namespace {
 
-float Silu(float x) { return x / (1.0f + std::exp(-x)); }
+// Up to kMaxTokens pairs of one expert, which a kernel takes at once.
+struct Portion {
+  int64_t begin;        // its first pair
+  PackedTokens hidden;  // what goes into gate and up
+  PackedTokens inner;   // silu(gate) * up
+};
+
+struct Portions {
+  const ActiveExpert* active;
+  std::span<Portion> portions;
+
+  int64_t tokens() const { return active->end - active->begin; }
+};
 
 // One call. Two phases with a barrier after each: all of gate and up, then all of down. Down is cut by output
 // rows and not by experts, so a task sums over the experts by itself: no reduction, no atomics, and an order
@@ -20,7 +30,8 @@ class Call {
  public:
   Call(ExpertStore& store, int64_t layer, const Routing& routing, float* out, ThreadPool::Session& session)
       : store_(store),
-        kernels_(store.kernels()),
+        isa_(*store.isa().kernels),
+        kernels_(store.isa().For(store.codec().id)),
         layer_(layer),
         tokens_(routing.tokens),
         out_(out),
@@ -28,7 +39,8 @@ class Call {
         groups_(GroupByExpert(routing, store.shape().experts, session_.scratch())) {}
 
   void Run(const uint16_t* hidden) {
-    packed_ = PackTokens(session_, kernels_, hidden, tokens_, store_.shape().hidden);
+    CutIntoPortions();
+    Pack(hidden);
     GateAndUp();
     Down();
   }
@@ -36,86 +48,116 @@ class Call {
   int64_t num_experts_read() const { return std::ssize(groups_.experts); }
 
  private:
+  void CutIntoPortions();
+  void Pack(const uint16_t* hidden);
   void GateAndUp();
-  void GateAndUpRows(const ActiveExpert& active, int64_t row_begin, int64_t row_end);
+  void GateAndUpRows(const Portions& expert, int64_t row_begin, int64_t row_end);
   void Down();
-  void DownRows(const ActiveExpert& active, int64_t row_begin, int64_t row_end);
+  void DownRows(const Portions& expert, int64_t row_begin, int64_t row_end);
+  RowTasks Cut(int64_t rows, int64_t row_bytes, int64_t matrices) const {
+    const int64_t active = std::max<int64_t>(1, std::ssize(groups_.experts));
+    return CutRows({rows, row_bytes, std::ssize(groups_.pairs) / active, matrices, session_.num_threads()});
+  }
 
   ExpertStore& store_;
+  const IsaKernels& isa_;
   const CodecKernels& kernels_;
   const int64_t layer_;
   const int64_t tokens_;
   float* const out_;
   ThreadPool::Session& session_;
   const Groups groups_;
-  const uint8_t** packed_ = nullptr;  // per token
-  uint8_t* inner_ = nullptr;          // packed silu(gate) * up, per pair
-  int64_t inner_stride_ = 0;
-  int64_t inner_end_ = 0;  // its columns, padded
+  std::span<Portions> experts_;  // ascending, as the sums are made
+  std::span<Portion> portions_;  // of all experts
 };
 
-void Call::GateAndUp() {
-  const StoreShape& shape = store_.shape();
-  inner_end_ = CeilDiv(shape.ffn, kBlock) * kBlock;
-  inner_stride_ = inner_end_ * kernels_.packed_bytes;
-  inner_ = session_.scratch().Take<uint8_t>(std::ssize(groups_.pairs) * inner_stride_);
+void Call::CutIntoPortions() {
+  Scratch& scratch = session_.scratch();
+  int64_t num_portions = 0;
+  for (const ActiveExpert& active : groups_.experts)
+    num_portions += CeilDiv(active.end - active.begin, kMaxTokens);
+  portions_ = {scratch.Take<Portion>(num_portions), static_cast<size_t>(num_portions)};
+  experts_ = {scratch.Take<Portions>(std::ssize(groups_.experts)), groups_.experts.size()};
+  size_t next = 0;
+  for (size_t e = 0; e < experts_.size(); ++e) {
+    const ActiveExpert& active = groups_.experts[e];
+    const size_t first = next;
+    for (int64_t begin = active.begin; begin < active.end; begin += kMaxTokens) {
+      const int64_t count = std::min(kMaxTokens, active.end - begin);
+      portions_[next++] = {begin, TakePacked(scratch, kernels_, count, store_.shape().hidden),
+                           TakePacked(scratch, kernels_, count, store_.shape().ffn)};
+    }
+    experts_[e] = {&active, portions_.subspan(first, next - first)};
+  }
+}
 
-  const int64_t row_bytes = 2 * store_.codec().WeightBytes(1, shape.hidden);
-  const int64_t num_active = std::ssize(groups_.experts);
-  const RowTasks rows = CutRows(shape.ffn, row_bytes, num_active, session_.num_threads());
-  session_.Run(num_active * rows.count(), [&](int64_t task) noexcept {
-    const ActiveExpert& active = groups_.experts[static_cast<size_t>(task / rows.count())];
-    GateAndUpRows(active, rows.begin(task % rows.count()), rows.end(task % rows.count()));
+void Call::Pack(const uint16_t* hidden) {
+  const int64_t width = store_.shape().hidden;
+  session_.Run(std::ssize(portions_), [&](int64_t p) noexcept {
+    const Portion& portion = portions_[static_cast<size_t>(p)];
+    const uint16_t* rows[kMaxTokens];
+    for (int64_t t = 0; t < portion.hidden.tokens; ++t) {
+      rows[t] = hidden + groups_.pairs[static_cast<size_t>(portion.begin + t)].token * width;
+    }
+    kernels_.pack(rows, 0, width, portion.hidden.cols, portion.hidden);
   });
 }
 
-void Call::GateAndUpRows(const ActiveExpert& active, int64_t row_begin, int64_t row_end) {
-  const ExpertWeights& expert = store_.Expert(layer_, active.expert);
+void Call::GateAndUp() {
+  // The experts with most tokens first, so that no long task is left for the end.
+  auto** by_size = session_.scratch().Take<const Portions*>(std::ssize(experts_));
+  for (size_t e = 0; e < experts_.size(); ++e) by_size[e] = &experts_[e];
+  std::sort(by_size, by_size + experts_.size(), [](const Portions* a, const Portions* b) {
+    return a->tokens() != b->tokens() ? a->tokens() > b->tokens() : a < b;
+  });
+
+  const StoreShape& shape = store_.shape();
+  const RowTasks rows = Cut(shape.ffn, 2 * store_.codec().WeightBytes(1, shape.hidden), std::ssize(experts_));
+  session_.Run(std::ssize(experts_) * rows.count(), [&](int64_t task) noexcept {
+    GateAndUpRows(*by_size[task / rows.count()], rows.begin(task % rows.count()),
+                  rows.end(task % rows.count()));
+  });
+}
+
+void Call::GateAndUpRows(const Portions& expert, int64_t row_begin, int64_t row_end) {
+  const ExpertWeights& weights = store_.Expert(layer_, expert.active->expert);
   const int64_t num_rows = row_end - row_begin;
-  const int64_t padded_end = row_end == store_.shape().ffn ? inner_end_ : row_end;
-  float gate[kMaxTile * kMaxTaskRows], up[kMaxTile * kMaxTaskRows];
-  uint16_t rounded[kMaxTaskRows];
-  for (int64_t first = active.begin; first < active.end; first += kMaxTile) {
-    const int64_t count = std::min<int64_t>(kMaxTile, active.end - first);
-    const uint8_t* packed[kMaxTile];
-    for (int64_t i = 0; i < count; ++i)
-      packed[i] = packed_[groups_.pairs[static_cast<size_t>(first + i)].token];
-    kernels_.project(expert[MatrixName::kGate], row_begin, row_end, packed, count, gate, num_rows);
-    kernels_.project(expert[MatrixName::kUp], row_begin, row_end, packed, count, up, num_rows);
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t r = 0; r < num_rows; ++r) {
-        rounded[r] = Bf16FromFloat(Silu(gate[i * num_rows + r]) * up[i * num_rows + r]);
-      }
-      kernels_.pack(rounded, row_begin, num_rows, padded_end, inner_ + (first + i) * inner_stride_);
-    }
+  float gate[kMaxTokens * kMaxRows], up[kMaxTokens * kMaxRows];
+  uint16_t inner[kMaxTokens * kMaxRows];
+  for (const Portion& portion : expert.portions) {
+    const int64_t num_tokens = portion.hidden.tokens;
+    kernels_.project(weights[MatrixName::kGate], row_begin, row_end, portion.hidden, gate, num_rows,
+                     Workspace());
+    kernels_.project(weights[MatrixName::kUp], row_begin, row_end, portion.hidden, up, num_rows, Workspace());
+    isa_.swiglu(gate, up, num_tokens * num_rows, inner);
+    const uint16_t* rows[kMaxTokens];
+    for (int64_t t = 0; t < num_tokens; ++t) rows[t] = inner + t * num_rows;
+    const int64_t end = row_end == store_.shape().ffn ? portion.inner.cols : row_end;
+    kernels_.pack(rows, row_begin, num_rows, end, portion.inner);
   }
 }
 
 void Call::Down() {
   const StoreShape& shape = store_.shape();
-  const int64_t row_bytes = store_.codec().WeightBytes(1, shape.ffn);
-  const RowTasks rows = CutRows(shape.hidden, row_bytes, 1, session_.num_threads());
+  const RowTasks rows = Cut(shape.hidden, store_.codec().WeightBytes(1, shape.ffn), 1);
   session_.Run(rows.count(), [&](int64_t task) noexcept {
     for (int64_t t = 0; t < tokens_; ++t) {
       std::fill(out_ + t * shape.hidden + rows.begin(task), out_ + t * shape.hidden + rows.end(task), 0.0f);
     }
-    for (const ActiveExpert& active : groups_.experts) DownRows(active, rows.begin(task), rows.end(task));
+    for (const Portions& expert : experts_) DownRows(expert, rows.begin(task), rows.end(task));
   });
 }
 
-void Call::DownRows(const ActiveExpert& active, int64_t row_begin, int64_t row_end) {
-  const Matrix& down = store_.Expert(layer_, active.expert)[MatrixName::kDown];
+void Call::DownRows(const Portions& expert, int64_t row_begin, int64_t row_end) {
+  const Matrix& down = store_.Expert(layer_, expert.active->expert)[MatrixName::kDown];
   const int64_t num_rows = row_end - row_begin;
-  float projected[kMaxTile * kMaxTaskRows];
-  for (int64_t first = active.begin; first < active.end; first += kMaxTile) {
-    const int64_t count = std::min<int64_t>(kMaxTile, active.end - first);
-    const uint8_t* packed[kMaxTile];
-    for (int64_t i = 0; i < count; ++i) packed[i] = inner_ + (first + i) * inner_stride_;
-    kernels_.project(down, row_begin, row_end, packed, count, projected, num_rows);
-    for (int64_t i = 0; i < count; ++i) {
-      const Pair& pair = groups_.pairs[static_cast<size_t>(first + i)];
-      float* out = out_ + pair.token * store_.shape().hidden + row_begin;
-      for (int64_t r = 0; r < num_rows; ++r) out[r] += pair.weight * projected[i * num_rows + r];
+  float projected[kMaxTokens * kMaxRows];
+  for (const Portion& portion : expert.portions) {
+    kernels_.project(down, row_begin, row_end, portion.inner, projected, num_rows, Workspace());
+    for (int64_t t = 0; t < portion.inner.tokens; ++t) {
+      const Pair& pair = groups_.pairs[static_cast<size_t>(portion.begin + t)];
+      isa_.add_scaled(pair.weight, projected + t * num_rows, num_rows,
+                      out_ + pair.token * store_.shape().hidden + row_begin);
     }
   }
 }

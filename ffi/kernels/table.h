@@ -7,29 +7,47 @@
 
 namespace hmoe {
 
-inline constexpr int kMaxTile = 8;  // tokens that one decoded weight is used for
+inline constexpr int64_t kMaxTokens = 128;  // of one call of `project`
+inline constexpr int64_t kMaxRows = 256;
+
+// Activations of a few tokens, packed as an ISA and a codec want them. `cols` is a multiple of kBlock.
+struct PackedTokens {
+  uint8_t* data = nullptr;
+  int64_t tokens = 0;
+  int64_t cols = 0;
+};
 
 struct CodecKernels {
-  // Bytes of one packed activation.
+  // Bytes of one packed activation; `tokens * cols * packed_bytes` is the size of PackedTokens, and those
+  // that begin at a multiple of `tile` tokens lie behind all earlier ones.
   int64_t packed_bytes;
+  int64_t tile;
 
-  // Puts `count` bfloat16 activations, the columns from `begin` (a multiple of 8), into their places in
-  // `packed`, and zeros up to column `end` (a multiple of 8). A packed vector holds a multiple of kBlock
-  // columns.
-  void (*pack)(const uint16_t* activations, int64_t begin, int64_t count, int64_t end, uint8_t* packed);
+  // Puts the bfloat16 activations of columns [begin, begin + count), which start at rows[t] for token t, into
+  // their places, and zeros up to column `end`.
+  void (*pack)(const uint16_t* const* rows, int64_t begin, int64_t count, int64_t end,
+               const PackedTokens& to);
 
-  // out[t * out_stride + r - row_begin] = row r of the matrix times packed[t], for up to kMaxTile tokens. The
-  // bits of a result depend on the row and the activations alone: not on num_tokens and not on the range of
-  // rows.
-  void (*project)(const Matrix& matrix, int64_t row_begin, int64_t row_end, const uint8_t* const* packed,
-                  int64_t num_tokens, float* out, int64_t out_stride);
+  // out[t * out_stride + r - row_begin] = row r of the matrix times token t, for up to kMaxTokens tokens and
+  // kMaxRows rows. The bits of a result depend on the row and the token alone: not on how many tokens there
+  // are and not on the range of rows. `workspace` has kWorkspaceBytes, aligned to a cache line.
+  void (*project)(const Matrix& matrix, int64_t row_begin, int64_t row_end, const PackedTokens& tokens,
+                  float* out, int64_t out_stride, uint8_t* workspace);
 
   // The values of `count` weights (a multiple of kBlock) through the decode that `project` uses, unscaled.
   void (*decode)(const uint8_t* bytes, int64_t count, float* out);
 };
 
+inline constexpr int64_t kWorkspaceBytes = int64_t{1} << 20;
+
 struct IsaKernels {
-  CodecKernels codec[2];  // indexed by CodecId
+  CodecKernels codec[8];  // indexed by CodecId
+
+  // out = silu(gate) * up, rounded to bfloat16. The same bits in every ISA.
+  void (*swiglu)(const float* gate, const float* up, int64_t count, uint16_t* out);
+
+  // to += weight * from.
+  void (*add_scaled)(float weight, const float* from, int64_t count, float* to);
 
   // Reads `bytes` (a multiple of 256) as fast as loads go. The result only keeps the compiler from leaving it
   // out.
@@ -41,5 +59,6 @@ extern const IsaKernels kScalarKernels;
 extern const IsaKernels kAvx2Kernels;
 extern const IsaKernels kAvx512Kernels;
 extern const IsaKernels kAvx512Bf16Kernels;
+extern const IsaKernels kAmxKernels;
 
 }  // namespace hmoe

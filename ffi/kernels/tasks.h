@@ -5,12 +5,9 @@
 #include <cstdint>
 
 #include "codec/codec.h"
+#include "kernels/table.h"
 
 namespace hmoe {
-
-// Packing moves 8 columns together, and the rows of one projection are the columns of the next.
-inline constexpr int64_t kRowGroup = 8;
-inline constexpr int64_t kMaxTaskRows = 64;
 
 struct RowTasks {
   int64_t rows;           // of the matrix
@@ -20,16 +17,27 @@ struct RowTasks {
   int64_t end(int64_t task) const { return std::min(rows, begin(task) + rows_per_task); }
 };
 
+// What a cut has to know: the bytes that one row of a task reads, how many tokens use them, how many such
+// matrices are cut alike, and how many threads take the tasks.
+struct Work {
+  int64_t rows;
+  int64_t row_bytes;
+  int64_t tokens;
+  int64_t matrices;
+  int64_t num_threads;
+};
+
 // About 128 KB of weights per task: some 10 us of one core's memory bandwidth, far more than one atomic
-// operation to claim it, and small enough to stay in L2 while several tiles of tokens pass over it. Fewer
+// operation to claim it, and a fraction of the smallest L2 cache (1 MB), beside the activations. With many
+// tokens as many rows as a kernel takes: they share the packed activations that pass through the cache. Fewer
 // where the threads would run out of tasks: with eight each, the last one finishes within an eighth of the
-// others.
-inline RowTasks CutRows(int64_t rows, int64_t row_bytes, int64_t tasks_per_row_range, int64_t num_threads) {
-  constexpr int64_t kTaskBytes = 128 * 1024;
-  const int64_t by_bytes = kTaskBytes / row_bytes;
-  const int64_t by_threads = rows * tasks_per_row_range / (8 * num_threads);
-  const int64_t wanted = std::clamp(std::min(by_bytes, by_threads), kRowGroup, kMaxTaskRows);
-  return {rows, wanted / kRowGroup * kRowGroup};
+// others. Whole tiles of 16 rows.
+inline RowTasks CutRows(const Work& work) {
+  constexpr int64_t kTaskBytes = 128 * 1024, kTileRows = 16, kManyTokens = 16;
+  const int64_t by_use = work.tokens > kManyTokens ? kMaxRows : kTaskBytes / work.row_bytes;
+  const int64_t by_threads = work.rows * work.matrices / (8 * work.num_threads);
+  const int64_t wanted = std::clamp(std::min(by_use, by_threads), kTileRows, kMaxRows);
+  return {work.rows, wanted / kTileRows * kTileRows};
 }
 
 }  // namespace hmoe

@@ -5,6 +5,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace hmoe {
@@ -34,6 +36,13 @@ uint64_t SavedStates(const Leaf& leaf1) {
   return uint64_t{high} << 32 | low;
 }
 
+// Tile data is 8 KB that a thread's saved state has only after the process asked for it (Linux 5.16). Refused
+// where the kernel does not know it, or where a thread has a signal stack that is too small for it.
+bool MayUseTiles() {
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+
 }  // namespace
 
 CpuFeatures DetectCpu() {
@@ -48,6 +57,9 @@ CpuFeatures DetectCpu() {
   features.avx512 = features.avx2 && saves_zmm && Bit(leaf7.ebx, 16) && Bit(leaf7.ebx, 17) &&
                     Bit(leaf7.ebx, 30) && Bit(leaf7.ebx, 31);
   features.avx512_bf16 = features.avx512 && Bit(leaf7.ecx, 1) && Bit(leaf7_1.eax, 5);
+  const bool saves_tiles = (saved >> 17 & 3) == 3;
+  features.amx_bf16 =
+      features.avx512_bf16 && saves_tiles && Bit(leaf7.edx, 22) && Bit(leaf7.edx, 24) && MayUseTiles();
   return features;
 }
 

@@ -30,10 +30,11 @@ class PyExpertStore {
   PyExpertStore& operator=(const PyExpertStore&) = delete;
 
   void Add(int64_t layer, int64_t expert, std::string_view matrix, PyBytes weights,
-           std::optional<PyBytes> scales) {
+           std::optional<PyBytes> scales, std::string_view scale_dtype) {
     const auto span = [](const PyBytes& bytes) { return std::span(bytes.data(), bytes.size()); };
     Check(store_->Add(layer, expert, Check(FindMatrixName(matrix)), span(weights),
-                      scales ? span(*scales) : std::span<const uint8_t>()));
+                      scales ? span(*scales) : std::span<const uint8_t>(),
+                      Check(FindScaleType(scale_dtype))));
     held_.push_back(std::move(weights));
     if (scales) held_.push_back(std::move(*scales));
   }

@@ -7,10 +7,6 @@ namespace {
 
 constexpr const char* kMatrixNames[kNumMatrices] = {"gate", "up", "down"};
 
-int64_t MatrixBytes(const Codec& codec, int64_t rows, int64_t cols) {
-  return codec.WeightBytes(rows, cols) + codec.NumScales(rows, cols) * static_cast<int64_t>(sizeof(float));
-}
-
 std::string Place(int64_t layer, int64_t expert, MatrixName name) {
   return Text("layer ", layer, ", expert ", expert, ", ", kMatrixNames[static_cast<int>(name)]);
 }
@@ -40,43 +36,28 @@ ExpertStore::ExpertStore(std::shared_ptr<Compute> compute, const Codec& codec, c
     : compute_(std::move(compute)),
       codec_(codec),
       shape_(shape),
-      expert_bytes_(2 * MatrixBytes(codec, shape.ffn, shape.hidden) +
-                    MatrixBytes(codec, shape.hidden, shape.ffn)),
       experts_(static_cast<size_t>(shape.layers * shape.experts)) {}
 
-Matrix ExpertStore::ShapeOf(MatrixName name) const {
-  const bool is_down = name == MatrixName::kDown;
-  return {nullptr, nullptr, is_down ? shape_.hidden : shape_.ffn, is_down ? shape_.ffn : shape_.hidden};
-}
-
 Status ExpertStore::Add(int64_t layer, int64_t expert, MatrixName name, std::span<const uint8_t> weights,
-                        std::span<const uint8_t> scales) {
+                        std::span<const uint8_t> scales, ScaleType scale_type) {
   if (layer < 0 || layer >= shape_.layers) {
     return Fail("layer: expected 0 <= layer < ", shape_.layers, ", got ", layer);
   }
   if (expert < 0 || expert >= shape_.experts) {
     return Fail("expert: expected 0 <= expert < ", shape_.experts, ", got ", expert);
   }
-  Matrix matrix = ShapeOf(name);
-  const int64_t weight_bytes = codec_.WeightBytes(matrix.rows, matrix.cols);
-  if (std::ssize(weights) != weight_bytes) {
-    return Fail(Place(layer, expert, name), ": expected ", weight_bytes, " bytes of weights for [",
-                matrix.rows, ", ", matrix.cols, "] in codec ", codec_.name, ", got ", weights.size());
-  }
-  const int64_t num_scales = codec_.NumScales(matrix.rows, matrix.cols);
-  if (std::ssize(scales) != num_scales * static_cast<int64_t>(sizeof(float))) {
-    return Fail(Place(layer, expert, name), ": expected ", num_scales, " float32 scales for [", matrix.rows,
-                ", ", matrix.cols, "] in codec ", codec_.name, ", got ", scales.size(), " bytes");
-  }
-  matrix.weights = weights.data();
-  matrix.scales = scales.empty() ? nullptr : scales.data();
+  const bool is_down = name == MatrixName::kDown;
+  const auto matrix = codec_.Describe(is_down ? shape_.hidden : shape_.ffn,
+                                      is_down ? shape_.ffn : shape_.hidden, weights, scales, scale_type);
+  if (!matrix.ok()) return Fail(Place(layer, expert, name), ": ", matrix.error().message);
 
   const std::unique_lock lock(use_);
   if (state_ != State::kBuilding) return Fail("the expert store is frozen or closed: nothing can be added");
   Matrix& held =
       experts_[static_cast<size_t>(layer * shape_.experts + expert)].matrices[static_cast<size_t>(name)];
   if (held.weights != nullptr) return Fail(Place(layer, expert, name), ": was added before");
-  held = matrix;
+  held = matrix.value();
+  added_bytes_ += std::ssize(weights) + std::ssize(scales);
   return {};
 }
 
@@ -118,7 +99,7 @@ Result<ExpertStore::Reading> ExpertStore::Read() const {
 void ExpertStore::CountCall(int64_t experts_read, double seconds) {
   const std::lock_guard lock(stats_mutex_);
   stats_.calls += 1;
-  stats_.bytes += experts_read * expert_bytes_;
+  stats_.bytes += experts_read * (added_bytes_ / (shape_.layers * shape_.experts));
   stats_.seconds += seconds;
 }
 

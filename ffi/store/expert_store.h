@@ -50,7 +50,7 @@ class ExpertStore {
                                                      const StoreShape& shape);
 
   Status Add(int64_t layer, int64_t expert, MatrixName name, std::span<const uint8_t> weights,
-             std::span<const uint8_t> scales);
+             std::span<const uint8_t> scales, ScaleType scale_type);
 
   // Refuses a store with holes, and names the first.
   Status Freeze();
@@ -65,10 +65,9 @@ class ExpertStore {
   const ExpertWeights& Expert(int64_t layer, int64_t expert) const {  // while reading
     return experts_[static_cast<size_t>(layer * shape_.experts + expert)];
   }
-  int64_t expert_bytes() const { return expert_bytes_; }
   const StoreShape& shape() const { return shape_; }
   const Codec& codec() const { return codec_; }
-  const CodecKernels& kernels() const { return compute_->isa.For(codec_.id); }
+  const Isa& isa() const { return compute_->isa; }
   ThreadPool& pool() const { return *compute_->pool; }
 
   void CountCall(int64_t experts_read, double seconds);
@@ -79,12 +78,11 @@ class ExpertStore {
   enum class State { kBuilding, kFrozen, kClosed };
 
   ExpertStore(std::shared_ptr<Compute> compute, const Codec& codec, const StoreShape& shape);
-  Matrix ShapeOf(MatrixName name) const;
 
   const std::shared_ptr<Compute> compute_;
   const Codec codec_;
   const StoreShape shape_;
-  const int64_t expert_bytes_;
+  int64_t added_bytes_ = 0;  // of all experts, weights and scales
   std::vector<ExpertWeights> experts_;
   State state_ = State::kBuilding;
   Error closed_;                   // what callers are told then

@@ -10,23 +10,26 @@
 namespace hmoe {
 namespace {
 
+using test::Sharing;
+
 struct Case {
+  const Isa& isa;
   Codec codec;
-  const CodecKernels& kernels;
   int64_t rows, cols, tokens;
+  Sharing sharing = Sharing::kMost;
 };
 
 std::vector<float> Multiply(const Case& c, const Matrix& matrix, const std::vector<uint16_t>& activations,
                             int threads) {
   const auto pool = ThreadPool::Create(threads).value();
   std::vector<float> out(static_cast<size_t>(c.tokens * c.rows));
-  Linear(*pool, c.kernels, matrix, c.codec.bytes_per_weight, activations.data(), c.tokens, out.data());
+  Linear(*pool, c.isa, c.codec, matrix, activations.data(), c.tokens, out.data());
   return out;
 }
 
 void CheckAgainstDouble(const Case& c) {
   std::mt19937 random(static_cast<unsigned>(c.rows * 1000 + c.cols));
-  const test::RandomMatrix weights(c.codec, c.rows, c.cols, random);
+  const test::RandomMatrix weights(c.codec, c.rows, c.cols, random, c.sharing);
   const auto activations = test::RandomActivations(c.tokens * c.cols, random);
   const auto out = Multiply(c, weights.matrix(), activations, 2);
   for (int64_t t = 0; t < c.tokens; ++t) {
@@ -38,8 +41,9 @@ void CheckAgainstDouble(const Case& c) {
         exact += product;
         magnitude += std::fabs(product);
       }
-      // No chain of additions is longer than a block, the blocks and the final reduction; half an ulp each.
-      const double longest = 128 + static_cast<double>(c.cols) / 128 + 16;
+      // No chain of additions is longer than a block, then one per 32 columns (tiles) and the final
+      // reduction, with a product for the scale; half an ulp each.
+      const double longest = 128 + static_cast<double>(c.cols) / 32 + 18;
       const double error = std::fabs(out[static_cast<size_t>(t * c.rows + r)] - exact);
       CHECK(error <= longest * FLT_EPSILON / 2 * magnitude);
     }
@@ -52,7 +56,7 @@ void CheckOneTokenAloneHasTheSameBits(const Case& c) {
   const auto activations = test::RandomActivations(c.tokens * c.cols, random);
   const auto together = Multiply(c, weights.matrix(), activations, 3);
   for (int64_t t = 0; t < c.tokens; ++t) {
-    const Case one{c.codec, c.kernels, c.rows, c.cols, 1};
+    const Case one{c.isa, c.codec, c.rows, c.cols, 1};
     const std::vector<uint16_t> row(activations.begin() + t * c.cols, activations.begin() + (t + 1) * c.cols);
     const auto alone = Multiply(one, weights.matrix(), row, 1);
     CHECK(std::equal(alone.begin(), alone.end(), together.begin() + t * c.rows));
@@ -60,14 +64,18 @@ void CheckOneTokenAloneHasTheSameBits(const Case& c) {
 }
 
 void TestIsa(const Isa& isa) {
-  for (const char* codec_name : {"bf16", "fp8_block"}) {
-    const Codec codec = FindCodec(codec_name).value();
-    const CodecKernels& kernels = isa.For(codec.id);
-    for (const int64_t cols : {1, 7, 127, 128, 129, 200, 456})
-      CheckAgainstDouble({codec, kernels, 131, cols, 3});
-    for (const int64_t rows : {1, 9, 300}) CheckAgainstDouble({codec, kernels, rows, 136, 5});
-    for (const int64_t tokens : {2, 7, 8, 9, 17}) {
-      CheckOneTokenAloneHasTheSameBits({codec, kernels, 67, 264, tokens});
+  for (const Codec& codec : AllCodecs()) {
+    for (int64_t cols : {1, 7, 127, 128, 129, 200, 456, 1160}) {
+      cols = RoundUp(cols, codec.column_multiple);
+      for (const Sharing sharing : {Sharing::kMost, Sharing::kOne}) {
+        CheckAgainstDouble({isa, codec, 131, cols, 3, sharing});
+      }
+    }
+    const int64_t cols = RoundUp(136, codec.column_multiple);
+    for (const int64_t rows : {1, 9, 300}) CheckAgainstDouble({isa, codec, rows, cols, 5});
+    // As few as one, more than a tile, and more than one call takes.
+    for (const int64_t tokens : {2, 7, 17, 33, 130}) {
+      CheckOneTokenAloneHasTheSameBits({isa, codec, 67, RoundUp(264, codec.column_multiple), tokens});
     }
   }
 }
@@ -75,7 +83,7 @@ void TestIsa(const Isa& isa) {
 void TestForcedNames() {
   CHECK_EQ(std::string(SelectIsa("scalar").value()->name), "scalar");
   CHECK_EQ(SelectIsa("auto").value()->name, OfferedIsaNames().front());
-  CHECK_CONTAINS(SelectIsa("mmx").error().message, "isa 'mmx' is unknown: expected auto, avx512_bf16");
+  CHECK_CONTAINS(SelectIsa("mmx").error().message, "isa 'mmx' is unknown: expected auto, amx, avx512_bf16");
 }
 
 }  // namespace

@@ -9,8 +9,8 @@ namespace hmoe {
 // f32.
 extern XLA_FFI_Handler* const kMoeExpertsHandler;
 
-// x [t, in] bf16, weight [out, in], scale [ceil(out/128), ceil(in/128)] f32 or [0, 0]; attributes pool s64,
-// codec string; result [t, out] f32.
+// x [t, in] bf16, weight [out, ...] and scale as the checkpoint stores them (no elements where the codec has
+// no scales); attributes pool s64, codec string; result [t, out] f32.
 extern XLA_FFI_Handler* const kLinearHandler;
 
 }  // namespace hmoe

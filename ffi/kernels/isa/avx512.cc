@@ -2,29 +2,25 @@
 
 #include <immintrin.h>
 
-#include "kernels/projection.h"
+#include "kernels/isa/spread512.h"
+#include "kernels/vector_projection.h"
 
 namespace hmoe {
 namespace {
 
-struct Avx512 {
+struct Avx512 : Spread512 {
   static constexpr DecodeWay kWay = DecodeWay::kHalf;
-  static constexpr int kStep = 32, kOperands = 2, kTile = 8;
+  static constexpr int kLanes = 16, kWidth = 16, kStep = 32, kOperands = 2, kNibbleStep = 128;
+  static constexpr int kTile = 8, kBlockRows = 4, kBlockTokens = 3;
+  static constexpr double kMultiplyCycles = 0.5;
   using Operand = __m512;
-  using Acc = __m512;
   using Packed = float;
   using Words = __m512i;  // 16-bit lanes
 
-  static Acc Zero() { return _mm512_setzero_ps(); }
   static Operand Load(const float* packed) { return _mm512_loadu_ps(packed); }
   static void Store(float* to, Operand x) { _mm512_storeu_ps(to, x); }
 
   static Acc MultiplyAdd(Operand a, Operand b, Acc sum) { return _mm512_fmadd_ps(a, b, sum); }
-  static Acc ScaleAdd(Acc block, float scale, Acc sum) {
-    return _mm512_fmadd_ps(block, _mm512_set1_ps(scale), sum);
-  }
-  static Acc Add(Acc block, Acc sum) { return _mm512_add_ps(sum, block); }
-  static float Sum(Acc acc) { return _mm512_reduce_add_ps(acc); }
 
   static Words WidenBytes(const uint8_t* bytes) {
     return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
@@ -52,6 +48,26 @@ struct Avx512 {
     }
   }
 
+  static void FromInt8(const uint8_t* bytes, Operand* out) {
+    for (int i = 0; i < kOperands; ++i) {
+      const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes) + i);
+      out[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(stored));
+    }
+  }
+  static constexpr int Int8Position(int column) { return column; }
+
+  // Lane i takes the eight weights of word i, one for each operand: its own group's. The look-up heeds the
+  // low four bits of an index.
+  static void LookUpNibbles(const NibbleTable& table, const uint8_t* bytes, Operand* out) {
+    const __m512i words = _mm512_loadu_si512(bytes);
+    const __m512 values = _mm512_load_ps(table.value);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      out[j] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, static_cast<unsigned>(4 * j)), values);
+    }
+  }
+  static constexpr int NibblePosition(int column) { return column % 8 * kLanes + column / 8; }
+
   static float FromBf16(uint16_t bits) { return FloatFromBf16(bits); }
   static float ToFloat(float value) { return value; }
 
@@ -69,6 +85,6 @@ struct Avx512 {
 
 }  // namespace
 
-constinit const IsaKernels kAvx512Kernels = MakeKernels<Avx512>();
+constinit const IsaKernels kAvx512Kernels = VectorKernels<Avx512>::Make();
 
 }  // namespace hmoe

@@ -1,0 +1,76 @@
+// All codecs, in the order of CodecId, for the files that instantiate kernels over them.
+#pragma once
+
+#include "codec/bf16.h"
+#include "codec/fp8_block.h"
+#include "codec/fp8_channel.h"
+#include "codec/int4_group.h"
+#include "codec/int8_channel.h"
+#include "codec/mxfp4.h"
+#include "kernels/elementwise.h"
+#include "kernels/matrix.h"
+#include "kernels/table.h"
+
+namespace hmoe {
+namespace {
+
+// Builds the table of an ISA: `KernelsOf<C>::Make()` gives those of one codec.
+template <template <typename> typename KernelsOf>
+constexpr IsaKernels MakeIsaKernels(uint64_t (*read)(const uint8_t*, int64_t)) {
+  return {{KernelsOf<Bf16>::Make(), KernelsOf<Fp8Block>::Make(), KernelsOf<Fp8Channel>::Make(),
+           KernelsOf<Int8Channel>::Make(), KernelsOf<Int4Group<32>>::Make(), KernelsOf<Int4Group<64>>::Make(),
+           KernelsOf<Int4Group<128>>::Make(), KernelsOf<Mxfp4>::Make()},
+          SwiGlu,
+          AddScaled,
+          read};
+}
+
+// A row as a kernel walks it.
+struct Row {
+  const uint8_t* weights;
+  const uint8_t* scales;  // of its blocks or groups
+};
+
+// Columns that share a scale within a row, and bytes of scales of a row; 0 where a scale belongs to all of
+// it.
+template <typename C>
+constexpr int64_t ColumnsPerScale() {
+  if constexpr (IsGroup(C::kScaling)) return C::kGroup;
+  return C::kScaling == Scaling::kBlock ? 128 : 0;
+}
+template <typename C>
+int64_t ScaleBytesPerRow(int64_t cols) {
+  constexpr int64_t kColumns = ColumnsPerScale<C>();
+  if constexpr (kColumns == 0) {
+    return 0;
+  } else {
+    return (cols + kColumns - 1) / kColumns * BytesOfScale(C::kScaling);
+  }
+}
+
+template <typename C>
+Row RowOf(const Matrix& matrix, int64_t row) {
+  return {matrix.weights + row * matrix.cols * C::kBits / 8,
+          matrix.scales + row / matrix.rows_per_scale * ScaleBytesPerRow<C>(matrix.cols)};
+}
+
+// The scale of a whole row, where a codec has such.
+template <typename C>
+float RowScale(const Matrix& matrix, int64_t row) {
+  if constexpr (C::kScaling != Scaling::kRow) {
+    return 1;
+  } else {
+    const int64_t place = row / matrix.rows_per_scale;
+    if (matrix.scales_are_bf16) {
+      uint16_t bits;
+      __builtin_memcpy(&bits, matrix.scales + 2 * place, sizeof bits);
+      return FloatFromBf16(bits);
+    }
+    float scale;
+    __builtin_memcpy(&scale, matrix.scales + 4 * place, sizeof scale);
+    return scale;
+  }
+}
+
+}  // namespace
+}  // namespace hmoe

@@ -1,0 +1,468 @@
+// AMX-BF16: products of tiles, 16 rows of weights x 32 columns with up to 16 tokens.
+//
+// A tile product takes as long for one token as for sixteen, and a weight is decoded once for all of them, so
+// tiles serve every number of tokens: that keeps a token's bits the same in every batch.
+//
+// Order of additions: the processor adds the even and the odd columns of 32 apart, then both to the tile (all
+// rounded to nearest, subnormals as zero). Where a scale belongs to a whole row, or is folded into the
+// decoded weights, the tile keeps the sum for the whole row. Elsewhere the sum is taken out after each block
+// or group, scaled, and added to the row's total in FP32.
+
+#include <immintrin.h>
+
+#include "kernels/codecs.h"
+#include "kernels/isa/avx512_bf16.h"
+
+namespace hmoe {
+namespace {
+
+constexpr int64_t kTileRows = 16, kTileTokens = 16, kTileColumns = 32, kTileFloats = kTileRows * kTileTokens;
+constexpr int64_t kTileStride = kTileTokens * 4;  // bytes between the rows of a tile of sums
+constexpr int64_t kColumns = 128;                 // that are decoded at once
+constexpr int kSteps = kColumns / kTileColumns;
+
+// How 32 columns of a row become a row of a weight tile.
+struct Tiles : Avx512Bf16 {
+  static constexpr int kNibbleStep = 32;
+
+  static Operand Table(const NibbleTable& table) { return _mm512_load_si512(table.bf16); }
+  // Each quarter of the register takes the same 16 bytes, shifted so that another of a word's four weights
+  // comes to its low bits: the operand holds 32 successive columns, one group's.
+  static Operand LookUpGroup(Operand table, const uint8_t* bytes) {
+    constexpr long long kFour = 0x0004000400040004;
+    const __m512i shifts = _mm512_setr_epi64(0, 0, kFour, kFour, 2 * kFour, 2 * kFour, 3 * kFour, 3 * kFour);
+    const __m512i words = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, shifts), table);
+  }
+  static void LookUpNibbles(const NibbleTable& table, const uint8_t* bytes, Operand* out) {
+    out[0] = LookUpGroup(Table(table), bytes);
+  }
+  static constexpr int NibblePosition(int column) { return column % 4 * 8 + column / 4; }
+};
+
+// Whether sums of a part of a row are scaled, each by a scale of its own.
+template <typename C>
+constexpr bool kScalesSums = C::kScaling == Scaling::kBlock || C::kScaling == Scaling::kGroupBf16;
+
+// Tile products of one such sum; otherwise of a block.
+template <typename C>
+constexpr int kStepsPerSum =
+    C::kScaling == Scaling::kGroupBf16 ? ColumnsPerScale<C>() / kTileColumns : kSteps;
+
+// Such sums, and their scales, per block of columns.
+template <typename C>
+constexpr int kSumsPerBlock = kSteps / kStepsPerSum<C>;
+
+constexpr int64_t Smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t RoundUpDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// MXFP4 with its power of two, which goes into the exponents of the table's entries. Only what would leave
+// the normal numbers is computed one by one: E2M1 itself uses the exponents 126 to 129.
+inline void DecodeMxfp4(const uint8_t* bytes, unsigned exponent, uint16_t* to) {
+  if (exponent - 2 <= 250) {
+    constexpr __mmask32 kNotZero = 0xfefefefe;
+    const __m512i table = Tiles::Table(kE2M1Table);
+    const __m512i power = _mm512_set1_epi16(static_cast<short>((static_cast<int>(exponent) - 127) * 128));
+    return Tiles::Store(to, Tiles::LookUpGroup(_mm512_mask_add_epi16(table, kNotZero, table, power), bytes));
+  }
+  for (int column = 0; column < kTileColumns; ++column) {
+    const float value = FloatFromE2M1(bytes[column / 2] >> (column % 2 * 4) & 15);
+    to[Tiles::NibblePosition(column)] = Bf16FromFloat(value * FloatFromE8M0(exponent));
+  }
+}
+
+// 128 columns of a row become four rows of weight tiles. `scales` are those of the row's blocks or groups
+// here; what the sums need of them goes to `sum_scales`.
+template <typename C>
+inline __attribute__((always_inline)) void DecodeColumns(const uint8_t* bytes, const uint8_t* scales,
+                                                         uint16_t* to, float* sum_scales) {
+  if constexpr (C::kScaling == Scaling::kGroupE8M0) {
+    for (int i = 0; i < kSteps; ++i) DecodeMxfp4(bytes + 16 * i, scales[i], to + kTileColumns * i);
+    return;
+  }
+  constexpr int kStep = C::template kStep<Tiles>;
+#pragma GCC unroll 4
+  for (int column = 0; column < kColumns; column += kStep) {
+    __m512i decoded[kStep / kTileColumns];
+    C::template Decode<Tiles>(bytes + column * C::kBits / 8, decoded);
+#pragma GCC unroll 2
+    for (int i = 0; i < kStep / kTileColumns; ++i) Tiles::Store(to + column + i * kTileColumns, decoded[i]);
+  }
+  if constexpr (C::kScaling == Scaling::kBlock) __builtin_memcpy(sum_scales, scales, sizeof(float));
+  if constexpr (C::kScaling == Scaling::kGroupBf16) {
+    uint16_t bits[kSumsPerBlock<C>];
+    __builtin_memcpy(bits, scales, sizeof bits);
+    for (int i = 0; i < kSumsPerBlock<C>; ++i) sum_scales[i] = FloatFromBf16(bits[i]);
+  }
+}
+
+// Up to kMaxRows rows, walked side by side.
+template <typename C>
+struct Rows {
+  static constexpr int64_t kBytes = kColumns * C::kBits / 8;
+  Row row[kMaxRows];
+  int64_t count, cols;
+
+  Rows(const Matrix& matrix, int64_t begin, int64_t end) : count(end - begin), cols(matrix.cols) {
+    for (int64_t r = 0; r < count; ++r) row[r] = RowOf<C>(matrix, begin + r);
+  }
+
+  // Columns [128 * block, ...) of row r; those beyond the matrix become zeros, and nothing is read there.
+  // What lies `ahead` is asked for.
+  inline __attribute__((always_inline)) void Decode(int64_t r, int64_t block, uint16_t* to, float* sum_scales,
+                                                    int64_t ahead) const {
+    const int64_t left = cols - block * kColumns;
+    const uint8_t* bytes = row[r].weights + block * kBytes;
+    const uint8_t* scales = row[r].scales + block * ScaleBytesPerRow<C>(kColumns);
+    if (left >= kColumns) {
+      for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(bytes + ahead + line);
+      return DecodeColumns<C>(bytes, scales, to, sum_scales);
+    }
+    uint8_t tail[kBytes] = {}, tail_scales[16] = {};
+    __builtin_memcpy(tail, bytes, static_cast<size_t>(left * C::kBits / 8));
+    if constexpr (ColumnsPerScale<C>() != 0) {
+      __builtin_memcpy(tail_scales, scales, static_cast<size_t>(ScaleBytesPerRow<C>(left)));
+    }
+    DecodeColumns<C>(tail, tail_scales, to, sum_scales);
+  }
+};
+
+// The shapes of the tile registers: 0 to 3 are sums, 4 and 5 weights, 6 and 7 activations.
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  explicit TileShapes(int64_t tokens) {
+    for (int i = 0; i < 8; ++i) {
+      rows[i] = kTileRows;
+      row_bytes[i] = i == 4 || i == 5 ? 64 : static_cast<uint16_t>(4 * tokens);
+    }
+  }
+};
+
+// Holds the tile registers for one call; left in use they would slow down every context switch.
+class TileUse {
+ public:
+  explicit TileUse(int64_t tokens) {
+    const TileShapes shapes(tokens);
+    _tile_loadconfig(&shapes);
+  }
+  ~TileUse() { _tile_release(); }
+  TileUse(const TileUse&) = delete;
+  TileUse& operator=(const TileUse&) = delete;
+};
+
+// Sums [16 rows, 16 tokens] of one tile to their places, scaled where a scale belongs to the row.
+template <typename C>
+void WriteTile(const Matrix& matrix, int64_t row, int64_t num_rows, const float* sums, int64_t num_tokens,
+               float* out, int64_t out_stride) {
+  const auto present = static_cast<__mmask16>((1u << num_rows) - 1);
+  alignas(64) float scales[kTileRows];
+  for (int64_t r = 0; r < num_rows; ++r) scales[r] = RowScale<C>(matrix, row + r);
+  const __m512 scale = _mm512_maskz_load_ps(present, scales);
+  const __m512i places =
+      _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                         _mm512_set1_epi32(kTileTokens));
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    const __m512 column = _mm512_i32gather_ps(places, sums + t, sizeof(float));
+    _mm512_mask_storeu_ps(out + t * out_stride, present, _mm512_mul_ps(column, scale));
+  }
+}
+
+// Up to 16 tokens: 16 rows at a time, all sums in registers. While the tiles work on one block of columns,
+// the sums of the last are added and the next is decoded.
+template <typename C>
+struct FewTokens {
+  static constexpr int64_t kAhead = 1024;  // bytes of each row
+
+  alignas(64) uint16_t weights[2][kTileRows * kColumns];
+  alignas(64) float sums[2][kSumsPerBlock<C>][kTileFloats];
+  float scales[2][kTileRows][kSumsPerBlock<C>];
+
+  void DecodeBlock(const Rows<C>& rows, int64_t block) {
+    for (int64_t r = 0; r < rows.count; ++r) {
+      rows.Decode(r, block, weights[block & 1] + r * kColumns, scales[block & 1][r], kAhead);
+    }
+  }
+
+  inline __attribute__((always_inline)) void MultiplyBlock(int64_t block, const uint16_t* packed,
+                                                           int64_t tokens) {
+    const uint16_t* from = weights[block & 1];
+    packed += block * kColumns * tokens;
+#pragma GCC unroll 4
+    for (int step = 0; step < kSteps; ++step) {
+      if (kScalesSums<C> && step % kStepsPerSum<C> == 0) _tile_zero(0);
+      _tile_loadd(4, from + step * kTileColumns, kColumns * 2);
+      _tile_loadd(6, packed + step * kTileColumns * tokens, 4 * tokens);
+      _tile_dpbf16ps(0, 4, 6);
+      if (kScalesSums<C> && (step + 1) % kStepsPerSum<C> == 0) {
+        _tile_stored(0, sums[block & 1][step / kStepsPerSum<C>], kTileStride);
+      }
+    }
+  }
+
+  inline __attribute__((always_inline)) void AddSums(int64_t block, __m512* totals) const {
+    if constexpr (!kScalesSums<C>) return;
+#pragma GCC unroll 4
+    for (int s = 0; s < kSumsPerBlock<C>; ++s) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kTileRows; ++r) {
+        totals[r] = _mm512_fmadd_ps(_mm512_load_ps(sums[block & 1][s] + r * kTileTokens),
+                                    _mm512_set1_ps(scales[block & 1][r][s]), totals[r]);
+      }
+    }
+  }
+
+  // Sums of 16 rows with all tokens, into sums[0][0].
+  void Multiply(const Rows<C>& rows, const uint16_t* packed, int64_t tokens) {
+    const int64_t blocks = RoundUpDiv(rows.cols, kColumns);
+    // Tiles leave the places of absent tokens alone: zeros there are quick to add, chance is not.
+    __builtin_memset(sums, 0, sizeof sums);
+    __m512 totals[kTileRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; ++r) totals[r] = _mm512_setzero_ps();
+    _tile_zero(0);
+    DecodeBlock(rows, 0);
+    for (int64_t block = 0; block < blocks; ++block) {
+      MultiplyBlock(block, packed, tokens);
+      if (block > 0) AddSums(block - 1, totals);
+      if (block + 1 < blocks) DecodeBlock(rows, block + 1);
+    }
+    if constexpr (kScalesSums<C>) {
+      AddSums(blocks - 1, totals);
+#pragma GCC unroll 16
+      for (int r = 0; r < kTileRows; ++r) _mm512_store_ps(sums[0][0] + r * kTileTokens, totals[r]);
+    } else {
+      _tile_stored(0, sums[0][0], kTileStride);
+    }
+  }
+};
+
+template <typename C>
+void ProjectFew(const Matrix& matrix, int64_t row_begin, int64_t row_end, const PackedTokens& tokens,
+                float* out, int64_t out_stride, uint8_t* workspace) {
+  static_assert(sizeof(FewTokens<C>) <= kWorkspaceBytes);
+  auto* work = reinterpret_cast<FewTokens<C>*>(workspace);
+  const TileUse use(tokens.tokens);
+  for (int64_t row = row_begin; row < row_end; row += kTileRows) {
+    const int64_t end = row + kTileRows < row_end ? row + kTileRows : row_end;
+    work->Multiply(Rows<C>(matrix, row, end), reinterpret_cast<const uint16_t*>(tokens.data), tokens.tokens);
+    WriteTile<C>(matrix, row, end - row, work->sums[0][0], tokens.tokens, out + row - row_begin, out_stride);
+  }
+}
+
+// More tokens. Some columns of two tiles of rows are decoded, and all tokens pass over them, two tiles at a
+// time; then come the next rows, and then the next columns. So the decoded weights stay in the first cache,
+// and the activations of these columns in the second until all rows have used them.
+template <typename C>
+struct ManyTokens {
+  // Of a panel: 16 KB of weights, and as much of activations for two tiles of tokens.
+  static constexpr int64_t kRows = 2 * kTileRows, kPanelColumns = 256;
+  static constexpr int64_t kMaxTiles = kMaxTokens / kTileTokens;
+
+  using Totals = float[kMaxTiles][kTileFloats];
+
+  // Sums of 2 x 2 tiles that wait to be scaled and added: the processor has the next products to do
+  // meanwhile, and need not wait for the last of these.
+  struct Taken {
+    alignas(64) float sums[4][kTileFloats];
+    float* totals[4];
+    const float* scales;  // the first row's
+  };
+
+  alignas(64) uint16_t weights[kRows * kPanelColumns];
+  alignas(64) Totals totals[kMaxRows / kTileRows];
+  alignas(64) float absent[kTileFloats];  // the total of a tile of tokens that is not there
+  Taken taken[2];
+  int turn;  // of the two, for the next sums
+  float scales[kRows][kPanelColumns / kColumns][kSumsPerBlock<C>];
+
+  // Rows [first, first + 32) and the steps of 32 columns from `column` on; `ahead` bytes from here is what
+  // will be decoded next.
+  void Decode(const Rows<C>& rows, int64_t first, int64_t column, int64_t steps, int64_t ahead) {
+    for (int64_t r = first; r < Smaller(first + kRows, rows.count); ++r) {
+      for (int64_t b = 0; b < steps / kSteps; ++b) {
+        rows.Decode(r, column / kColumns + b, weights + (r - first) * kPanelColumns + b * kColumns,
+                    scales[r - first][b], ahead);
+      }
+    }
+  }
+
+  // Tiles 0 to 3 += both tiles of rows times two tiles of tokens, 32 columns of them.
+  inline __attribute__((always_inline)) void MultiplyStep(int64_t step, const uint16_t* left,
+                                                          const uint16_t* right) {
+    const uint16_t* from = weights + step * kTileColumns;
+    _tile_loadd(4, from, 2 * kPanelColumns);
+    _tile_loadd(6, left + step * kTileColumns * kTileTokens, kTileStride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, right + step * kTileColumns * kTileTokens, kTileStride);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, from + kTileRows * kPanelColumns, 2 * kPanelColumns);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+
+  void MultiplyPanel(const uint16_t* left, const uint16_t* right, int64_t steps, float* const* to) {
+    if constexpr (kScalesSums<C>) {
+      for (int64_t sum = 0; sum < steps / kStepsPerSum<C>; ++sum) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+#pragma GCC unroll 4
+        for (int s = 0; s < kStepsPerSum<C>; ++s) {
+          MultiplyStep(sum * kStepsPerSum<C> + s, left, right);
+          AddPart(taken[turn ^ 1], s);
+        }
+        Take(taken[turn].sums);
+        for (int i = 0; i < 4; ++i) taken[turn].totals[i] = to[i];
+        taken[turn].scales = &scales[0][0][0] + sum;
+        turn ^= 1;
+      }
+    } else {
+      _tile_loadd(0, to[0], kTileStride);
+      _tile_loadd(1, to[1], kTileStride);
+      _tile_loadd(2, to[2], kTileStride);
+      _tile_loadd(3, to[3], kTileStride);
+      for (int64_t s = 0; s < steps; ++s) MultiplyStep(s, left, right);
+      _tile_stored(0, to[0], kTileStride);
+      _tile_stored(1, to[1], kTileStride);
+      _tile_stored(2, to[2], kTileStride);
+      _tile_stored(3, to[3], kTileStride);
+    }
+  }
+
+  static inline __attribute__((always_inline)) void Take(float (*sums)[kTileFloats]) {
+    _tile_stored(0, sums[0], kTileStride);
+    _tile_stored(1, sums[1], kTileStride);
+    _tile_stored(2, sums[2], kTileStride);
+    _tile_stored(3, sums[3], kTileStride);
+  }
+
+  // Part `part` of kStepsPerSum: these additions lie between products.
+  static inline __attribute__((always_inline)) void AddPart(const Taken& from, int part) {
+    constexpr int kPart = 4 * kTileRows / kStepsPerSum<C>;
+#pragma GCC unroll 64
+    for (int i = part * kPart; i < (part + 1) * kPart; ++i) {
+      const int tile = i / kTileRows, r = i % kTileRows, row = tile / 2 * kTileRows + r;
+      float* total = from.totals[tile] + r * kTileTokens;
+      const __m512 scale = _mm512_set1_ps(from.scales[row * (kPanelColumns / kColumns) * kSumsPerBlock<C>]);
+      const __m512 sum = _mm512_load_ps(from.sums[tile] + r * kTileTokens);
+      _mm512_store_ps(total, _mm512_fmadd_ps(sum, scale, _mm512_load_ps(total)));
+    }
+  }
+
+  // Adds what still waits, and leaves nothing.
+  void AddTaken() {
+    Taken& last = taken[turn ^ 1];
+    for (int part = 0; part < kStepsPerSum<C>; ++part) AddPart(last, part);
+    Forget(last);
+  }
+  void Forget(Taken& what) {
+    __builtin_memset(what.sums, 0, sizeof what.sums);
+    for (float*& total : what.totals) total = absent;
+    what.scales = &scales[0][0][0];
+  }
+
+  // Sums of all rows with all tokens, into `totals`.
+  void Multiply(const Rows<C>& rows, const PackedTokens& tokens) {
+    const int64_t tiles = RoundUpDiv(tokens.tokens, kTileTokens);
+    const int64_t last_rows = (rows.count - 1) / kRows * kRows;
+    for (int64_t i = 0; i < last_rows / kTileRows + 2; ++i) {
+      __builtin_memset(totals[i], 0, static_cast<size_t>(tiles * kTileFloats) * sizeof(float));
+    }
+    __builtin_memset(absent, 0, sizeof absent);
+    __builtin_memset(scales, 0, sizeof scales);
+    turn = 0;
+    Forget(taken[1]);
+    const int64_t next_rows = kRows * rows.cols * C::kBits / 8, next_columns = kPanelColumns * C::kBits / 8;
+    for (int64_t column = 0; column < rows.cols; column += kPanelColumns) {
+      const int64_t steps =
+          kSteps * Smaller(RoundUpDiv(rows.cols - column, kColumns), kPanelColumns / kColumns);
+      const auto* packed = reinterpret_cast<const uint16_t*>(tokens.data) + column * kTileTokens;
+      for (int64_t row = 0; row < rows.count; row += kRows) {
+        Decode(rows, row, column, steps,
+               row < last_rows ? next_rows : next_columns - last_rows / kRows * next_rows);
+        float (*top)[kTileFloats] = totals[row / kTileRows];
+        float (*bottom)[kTileFloats] = totals[row / kTileRows + 1];
+        for (int64_t j = 0; j < tiles; j += 2) {
+          const bool two = j + 1 < tiles;
+          const uint16_t* left = packed + j * kTileTokens * tokens.cols;
+          float* const to[] = {top[j], two ? top[j + 1] : absent, bottom[j], two ? bottom[j + 1] : absent};
+          MultiplyPanel(left, two ? left + kTileTokens * tokens.cols : left, steps, to);
+        }
+        if constexpr (kScalesSums<C>) AddTaken();
+      }
+    }
+  }
+};
+
+template <typename C>
+void ProjectMany(const Matrix& matrix, int64_t row_begin, int64_t row_end, const PackedTokens& tokens,
+                 float* out, int64_t out_stride, uint8_t* workspace) {
+  static_assert(sizeof(ManyTokens<C>) <= kWorkspaceBytes);
+  auto* work = reinterpret_cast<ManyTokens<C>*>(workspace);
+  const TileUse use(kTileTokens);
+  work->Multiply(Rows<C>(matrix, row_begin, row_end), tokens);
+  for (int64_t row = row_begin; row < row_end; row += kTileRows) {
+    for (int64_t token = 0; token < tokens.tokens; token += kTileTokens) {
+      WriteTile<C>(matrix, row, Smaller(kTileRows, row_end - row),
+                   work->totals[(row - row_begin) / kTileRows][token / kTileTokens],
+                   Smaller(kTileTokens, tokens.tokens - token), out + token * out_stride + row - row_begin,
+                   out_stride);
+    }
+  }
+}
+
+template <typename C>
+void Project(const Matrix& matrix, int64_t row_begin, int64_t row_end, const PackedTokens& tokens, float* out,
+             int64_t out_stride, uint8_t* workspace) {
+  const auto project = tokens.tokens <= kTileTokens ? ProjectFew<C> : ProjectMany<C>;
+  project(matrix, row_begin, row_end, tokens, out, out_stride, workspace);
+}
+
+// The tokens of a tile lie side by side, two successive columns of each together: [columns / 2, tokens, 2].
+// Behind a full tile the last one is filled up with zeros: a tile register's shape costs more to change.
+template <typename C>
+void Pack(const uint16_t* const* rows, int64_t begin, int64_t count, int64_t end, const PackedTokens& to) {
+  constexpr int kStep = C::template kStep<Tiles>;
+  const int64_t width = to.tokens < kTileTokens ? to.tokens : kTileTokens;
+  for (int64_t first = 0; first < to.tokens; first += width) {
+    auto* tile = reinterpret_cast<uint16_t*>(to.data) + first * to.cols;
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t position = c / kStep * kStep + C::template Position<Tiles>(static_cast<int>(c % kStep));
+      uint16_t* place = tile + position / 2 * 2 * width + position % 2;
+      for (int64_t t = 0; t < width; ++t) {
+        place[2 * t] = c < begin + count && first + t < to.tokens ? rows[first + t][c - begin] : uint16_t{0};
+      }
+    }
+  }
+}
+
+template <typename C>
+void DecodeAll(const uint8_t* bytes, int64_t count, float* out) {
+  constexpr int kStep = C::template kStep<Tiles>;
+  for (int64_t step = 0; step < count; step += kStep) {
+    __m512i decoded[kStep / kTileColumns];
+    uint16_t stored[kStep];
+    C::template Decode<Tiles>(bytes + step * C::kBits / 8, decoded);
+    for (int i = 0; i < kStep / kTileColumns; ++i) Tiles::Store(stored + i * kTileColumns, decoded[i]);
+    for (int c = 0; c < kStep; ++c) out[step + c] = FloatFromBf16(stored[C::template Position<Tiles>(c)]);
+  }
+}
+
+template <typename C>
+struct TileKernels {
+  static constexpr CodecKernels Make() {
+    return {sizeof(uint16_t), kTileTokens, Pack<C>, Project<C>, DecodeAll<C>};
+  }
+};
+
+uint64_t Read(const uint8_t* memory, int64_t bytes) { return kAvx512Kernels.read(memory, bytes); }
+
+}  // namespace
+
+constinit const IsaKernels kAmxKernels = MakeIsaKernels<TileKernels>(Read);
+
+}  // namespace hmoe
