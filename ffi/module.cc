@@ -49,13 +49,20 @@ nb::dict Stats(PyExpertStore& self) {
   return result;
 }
 
+// `asked` is null for "auto".
+int NumThreads(std::optional<int> asked, std::string_view topology) {
+  return Check(ResolveNumThreads(Check(FindTopology(topology)), asked));
+}
+
 void BindThreadPool(nb::module_& m) {
+  m.def("resolve_num_threads", &NumThreads, "asked"_a.none(), "topology"_a);
   nb::class_<PyThreadPool>(m, "ThreadPool")
-      .def(nb::init<int, std::string_view>(), "num_threads"_a, "isa"_a)
+      .def(nb::init<int, std::string_view, std::string_view>(), "num_threads"_a, "isa"_a, "topology"_a)
       .def_prop_ro("id", &PyThreadPool::id)
       .def_prop_ro("isa", [](const PyThreadPool& self) { return self.compute()->isa.name; })
       .def_prop_ro("num_threads",
                    [](const PyThreadPool& self) { return self.compute()->pool->num_threads(); })
+      .def_prop_ro("num_nodes", [](const PyThreadPool& self) { return self.compute()->pool->num_nodes(); })
       .def("close", &PyThreadPool::Close);
 }
 
