@@ -24,8 +24,15 @@ Result<MatrixName> FindMatrixName(std::string_view name) {
   return Fail("matrix '", name, "' is unknown: expected gate, up or down");
 }
 
+Result<Residency> FindResidency(std::string_view name, int num_nodes) {
+  if (name == "auto") return num_nodes > 1 ? Residency::kArena : Residency::kMmap;
+  if (name == "mmap") return Residency::kMmap;
+  if (name == "arena") return Residency::kArena;
+  return Fail("residency '", name, "' is unknown: expected auto, mmap or arena");
+}
+
 Result<std::shared_ptr<ExpertStore>> ExpertStore::Create(std::shared_ptr<Compute> compute, const Codec& codec,
-                                                         const StoreShape& shape) {
+                                                         const StoreShape& shape, Residency residency) {
   const std::pair<const char*, int64_t> sizes[] = {{"num_layers", shape.layers},
                                                    {"num_experts", shape.experts},
                                                    {"hidden", shape.hidden},
@@ -33,16 +40,46 @@ Result<std::shared_ptr<ExpertStore>> ExpertStore::Create(std::shared_ptr<Compute
   for (const auto& [name, size] : sizes) {
     if (size <= 0) return Fail(name, ": expected a positive number, got ", size);
   }
-  return std::shared_ptr<ExpertStore>(new ExpertStore(std::move(compute), codec, shape));
+  std::shared_ptr<ExpertStore> store(new ExpertStore(std::move(compute), codec, shape, residency));
+  if (Status opened = store->OpenArena(); !opened.ok()) return opened.error();
+  return store;
 }
 
-ExpertStore::ExpertStore(std::shared_ptr<Compute> compute, const Codec& codec, const StoreShape& shape)
+ExpertStore::ExpertStore(std::shared_ptr<Compute> compute, const Codec& codec, const StoreShape& shape,
+                         Residency residency)
     : compute_(std::move(compute)),
       codec_(codec),
       shape_(shape),
+      residency_(residency),
       expert_bytes_(2 * MatrixBytes(codec, shape.ffn, shape.hidden) +
                     MatrixBytes(codec, shape.hidden, shape.ffn)),
       experts_(static_cast<size_t>(shape.layers * shape.experts)) {}
+
+Status ExpertStore::OpenArena() {
+  if (residency_ != Residency::kArena) return {};
+  constexpr int64_t kPadding = 64 * 2 * kNumMatrices;  // each array of weights or scales begins a cache line
+  auto arena = Arena::Create(pool(), shape_.layers * shape_.experts * (expert_bytes_ + kPadding));
+  if (!arena.ok()) return arena.error();
+  arena_ = std::move(arena).value();
+  return {};
+}
+
+Status ExpertStore::MoveToArena(Matrix& matrix, std::span<const uint8_t> weights,
+                                std::span<const uint8_t> scales) {
+  const auto copied = arena_->Copy(weights);
+  if (!copied.ok()) return copied.error();
+  matrix.weights = copied.value();
+  if (scales.empty()) return {};
+  const auto copied_scales = arena_->Copy(scales);
+  if (!copied_scales.ok()) return copied_scales.error();
+  matrix.scales = copied_scales.value();
+  return {};
+}
+
+std::optional<std::string> ExpertStore::placement_refusal() const {
+  const std::shared_lock lock(use_);
+  return arena_ ? arena_->refusal() : std::nullopt;
+}
 
 Matrix ExpertStore::ShapeOf(MatrixName name) const {
   const bool is_down = name == MatrixName::kDown;
@@ -76,6 +113,9 @@ Status ExpertStore::Add(int64_t layer, int64_t expert, MatrixName name, std::spa
   Matrix& held =
       experts_[static_cast<size_t>(layer * shape_.experts + expert)].matrices[static_cast<size_t>(name)];
   if (held.weights != nullptr) return Fail(Place(layer, expert, name), ": was added before");
+  if (arena_) {
+    if (Status moved = MoveToArena(matrix, weights, scales); !moved.ok()) return moved;
+  }
   held = matrix;
   return {};
 }
@@ -106,6 +146,7 @@ void ExpertStore::Close(Error error) {
   state_ = State::kClosed;
   closed_ = std::move(error);
   experts_.clear();
+  arena_.reset();
 }
 
 Result<ExpertStore::Reading> ExpertStore::Read() const {

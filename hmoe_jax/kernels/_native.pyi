@@ -1,6 +1,6 @@
 """What ffi/module.cc exports."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,12 +27,24 @@ class ThreadPool:
 
 class ExpertStore:
     def __init__(
-        self, pool: ThreadPool, codec: str, *, num_layers: int, num_experts: int, hidden: int, ffn: int
+        self,
+        pool: ThreadPool,
+        codec: str,
+        *,
+        num_layers: int,
+        num_experts: int,
+        hidden: int,
+        ffn: int,
+        residency: str,
     ) -> None: ...
     def add(self, layer: int, expert: int, matrix: str, weights: np.ndarray, scales: np.ndarray | None) -> None: ...
     def freeze(self) -> None: ...
     def close(self) -> None: ...
     @property
     def id(self) -> int: ...
+    @property
+    def residency(self) -> Literal["mmap", "arena"]: ...
+    @property
+    def placement_refusal(self) -> str | None: ...
     def stats(self) -> dict[str, Any]: ...
     def reset_stats(self) -> None: ...
