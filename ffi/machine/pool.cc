@@ -195,8 +195,10 @@ int32_t ThreadPool::AwaitChange(int32_t seen) {
   if (!SpinWhile(generation_, seen)) {
     sleepers_.fetch_add(1, std::memory_order_seq_cst);
     SleepWhile(generation_, seen);
-    const int32_t others = sleepers_.fetch_sub(1, std::memory_order_seq_cst) - 1;
-    if (others > 0) WakeSleepers(generation_, kWakeAtOnce);
+    const bool others_sleep = sleepers_.fetch_sub(1, std::memory_order_seq_cst) > 1;
+    if (others_sleep && IsOpen(generation_.load(std::memory_order_relaxed))) {
+      WakeSleepers(generation_, kWakeAtOnce);
+    }
   }
   return generation_.load(std::memory_order_acquire);
 }

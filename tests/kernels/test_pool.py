@@ -117,6 +117,38 @@ def test_threads_that_do_not_start_are_an_error_and_leave_none_behind():
     assert re.fullmatch(sentence, child.stdout)
 
 
+UNCLOSED = """
+import os
+from hmoe_jax.kernels.pool import ThreadPool
+
+pools = [ThreadPool(4, topology="0-1;0-1"), ThreadPool(1)]
+assert all(pool.read_gbps(megabytes=8) > 0 for pool in pools)
+child = os.fork()
+assert all(pool.read_gbps(megabytes=8) > 0 for pool in pools)
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+print(len(os.listdir("/proc/self/task")))
+"""
+
+
+def test_a_program_and_its_fork_end_with_pools_open():
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", UNCLOSED]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (child.returncode, child.stderr) == (0, "")
+    assert child.stdout.splitlines()[0] == "1"  # the fork, which has the caller alone
+
+
+def test_closing_a_pool_ends_its_threads():
+    def num_threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    before = num_threads()
+    with ThreadPool(300, topology=";".join(["0-1," * 37 + "0"] * 4)) as pool:
+        assert (pool.num_nodes, num_threads() - before) == (4, 299)
+        assert pool.read_gbps(megabytes=8) > 0
+    assert num_threads() == before
+
+
 def test_read_bandwidth_is_a_positive_number(pool):
     assert pool.read_gbps(megabytes=8) > 0
     with pytest.raises(ValueError, match="megabytes: expected a positive number, got 0"):
