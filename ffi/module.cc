@@ -55,29 +55,42 @@ nb::dict Stats(PyExpertStore& self) {
   return result;
 }
 
+// `asked` is null for "auto".
+int NumThreads(std::optional<int> asked, std::string_view topology) {
+  return Check(ResolveNumThreads(Check(FindTopology(topology)), asked));
+}
+
 void BindThreadPool(nb::module_& m) {
+  m.def("resolve_num_threads", &NumThreads, "asked"_a.none(), "topology"_a);
   nb::class_<PyThreadPool>(m, "ThreadPool")
-      .def(nb::init<int, std::string_view>(), "num_threads"_a, "isa"_a)
+      .def(nb::init<int, std::string_view, std::string_view>(), "num_threads"_a, "isa"_a, "topology"_a)
       .def_prop_ro("id", &PyThreadPool::id)
       .def_prop_ro("isa", [](const PyThreadPool& self) { return self.compute()->isa.name; })
       .def_prop_ro("num_threads",
                    [](const PyThreadPool& self) { return self.compute()->pool->num_threads(); })
+      .def_prop_ro("num_nodes", [](const PyThreadPool& self) { return self.compute()->pool->num_nodes(); })
       .def("close", &PyThreadPool::Close);
 }
 
 void BindExpertStore(nb::module_& m) {
   const auto init = [](PyExpertStore* self, const PyThreadPool& pool, std::string_view codec,
-                       int64_t num_layers, int64_t num_experts, int64_t hidden, int64_t ffn) {
-    new (self) PyExpertStore(pool, codec, {num_layers, num_experts, hidden, ffn});
+                       int64_t num_layers, int64_t num_experts, int64_t hidden, int64_t ffn,
+                       std::string_view residency) {
+    new (self) PyExpertStore(pool, codec, {num_layers, num_experts, hidden, ffn}, residency);
   };
   nb::class_<PyExpertStore>(m, "ExpertStore")
       .def("__init__", init, "pool"_a, "codec"_a, nb::kw_only(), "num_layers"_a, "num_experts"_a, "hidden"_a,
-           "ffn"_a)
+           "ffn"_a, "residency"_a)
       .def("add", &PyExpertStore::Add, "layer"_a, "expert"_a, "matrix"_a, "weights"_a.noconvert(),
            "scales"_a.noconvert().none(), "scale_dtype"_a = "float32")
       .def("freeze", &PyExpertStore::Freeze)
       .def("close", &PyExpertStore::Close)
       .def_prop_ro("id", &PyExpertStore::id)
+      .def_prop_ro("residency",
+                   [](PyExpertStore& self) {
+                     return self.store().residency() == Residency::kArena ? "arena" : "mmap";
+                   })
+      .def_prop_ro("placement_refusal", [](PyExpertStore& self) { return self.store().placement_refusal(); })
       .def("stats", &Stats)
       .def("reset_stats", [](PyExpertStore& self) { self.store().ResetStats(); });
 }

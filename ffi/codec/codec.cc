@@ -72,6 +72,14 @@ Result<ScaleType> FindScaleType(std::string_view name) {
   return Fail("scale dtype '", name, "' is unknown: expected float32, bfloat16 or uint8");
 }
 
+int64_t Codec::ScalesPerRow(int64_t cols) const {
+  return has_scales() ? columns_per_scale == kWholeRow ? 1 : CeilDiv(cols, columns_per_scale) : 0;
+}
+
+int64_t Codec::MostBytes(int64_t rows, int64_t cols) const {
+  return WeightBytes(rows, cols) + rows * ScalesPerRow(cols) * static_cast<int64_t>(sizeof(float));
+}
+
 Result<Matrix> Codec::Describe(int64_t rows, int64_t cols, std::span<const uint8_t> weights,
                                std::span<const uint8_t> scales, ScaleType scale_type) const {
   if (cols % column_multiple != 0) {
@@ -90,7 +98,7 @@ Result<Matrix> Codec::Describe(int64_t rows, int64_t cols, std::span<const uint8
     return Fail("codec ", name, " has no scales of type ", Named(scale_type).name);
   matrix.scales = scales.data();
   matrix.scales_are_bf16 = scale_type == ScaleType::kBf16;
-  const int64_t per_row = columns_per_scale == kWholeRow ? 1 : CeilDiv(cols, columns_per_scale);
+  const int64_t per_row = ScalesPerRow(cols);
   const auto [most, fewest] = RowsPerScale(*this, rows);
   for (const int64_t shared : {most, fewest}) {
     matrix.rows_per_scale = shared;

@@ -41,6 +41,8 @@ struct Codec {
   static constexpr int64_t kNoScales = 0, kWholeRow = -1;
 
   int64_t WeightBytes(int64_t rows, int64_t cols) const { return rows * cols * bits_per_weight / 8; }
+  // Of weights and scales, with scales as many and as wide as they can be.
+  int64_t MostBytes(int64_t rows, int64_t cols) const;
   bool has_scales() const { return columns_per_scale != kNoScales; }
 
   // The matrix that these bytes are. Fails with what was expected where they are too many or too few, the
@@ -48,6 +50,8 @@ struct Codec {
   // follows from the number of scales.
   Result<Matrix> Describe(int64_t rows, int64_t cols, std::span<const uint8_t> weights,
                           std::span<const uint8_t> scales, ScaleType scale_type) const;
+
+  int64_t ScalesPerRow(int64_t cols) const;
 };
 
 Result<Codec> FindCodec(std::string_view name);

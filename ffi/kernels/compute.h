@@ -11,10 +11,11 @@
 namespace hmoe {
 
 struct Compute {
-  static Result<std::shared_ptr<Compute>> Create(int num_threads, std::string_view isa_name) {
+  static Result<std::shared_ptr<Compute>> Create(int num_threads, std::string_view isa_name,
+                                                 const Topology& topology = DetectTopology()) {
     const auto isa = SelectIsa(isa_name);
     if (!isa.ok()) return isa.error();
-    auto pool = ThreadPool::Create(num_threads);
+    auto pool = ThreadPool::Create(num_threads, topology);
     if (!pool.ok()) return pool.error();
     return std::make_shared<Compute>(Compute{std::move(pool).value(), *isa.value()});
   }

@@ -1,4 +1,5 @@
-// The expert store as Python owns it: the core's store, and references to the arrays that it points into.
+// The expert store as Python owns it: the core's store, and references to the arrays that it points into, if
+// it does.
 #pragma once
 
 #include <memory>
@@ -22,9 +23,9 @@ using PyBytes =
 
 class PyExpertStore {
  public:
-  PyExpertStore(const PyThreadPool& pool, std::string_view codec, const StoreShape& shape)
-      : store_(Check(ExpertStore::Create(pool.compute(), Check(FindCodec(codec)), shape))),
-        id_(Stores().Add(store_)) {}
+  PyExpertStore(const PyThreadPool& pool, std::string_view codec, const StoreShape& shape,
+                std::string_view residency)
+      : PyExpertStore(pool.compute(), codec, shape, residency) {}
   ~PyExpertStore() { Close(); }
   PyExpertStore(const PyExpertStore&) = delete;
   PyExpertStore& operator=(const PyExpertStore&) = delete;
@@ -32,9 +33,15 @@ class PyExpertStore {
   void Add(int64_t layer, int64_t expert, std::string_view matrix, PyBytes weights,
            std::optional<PyBytes> scales, std::string_view scale_dtype) {
     const auto span = [](const PyBytes& bytes) { return std::span(bytes.data(), bytes.size()); };
-    Check(store_->Add(layer, expert, Check(FindMatrixName(matrix)), span(weights),
-                      scales ? span(*scales) : std::span<const uint8_t>(),
-                      Check(FindScaleType(scale_dtype))));
+    const MatrixName name = Check(FindMatrixName(matrix));
+    const ScaleType scale_type = Check(FindScaleType(scale_dtype));
+    const auto scale_bytes = scales ? span(*scales) : std::span<const uint8_t>();
+    const Status added = [&] {
+      const nanobind::gil_scoped_release unlocked;  // it may copy the weights
+      return store_->Add(layer, expert, name, span(weights), scale_bytes, scale_type);
+    }();
+    Check(added);
+    if (store_->residency() != Residency::kMmap) return;
     held_.push_back(std::move(weights));
     if (scales) held_.push_back(std::move(*scales));
   }
@@ -56,6 +63,12 @@ class PyExpertStore {
   ExpertStore& store() { return *store_; }
 
  private:
+  PyExpertStore(std::shared_ptr<Compute> compute, std::string_view codec, const StoreShape& shape,
+                std::string_view residency)
+      : store_(Check(ExpertStore::Create(compute, Check(FindCodec(codec)), shape,
+                                         Check(FindResidency(residency, compute->pool->num_nodes()))))),
+        id_(Stores().Add(store_)) {}
+
   std::shared_ptr<ExpertStore> store_;
   int64_t id_;
   std::vector<PyBytes> held_;

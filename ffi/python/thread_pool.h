@@ -13,8 +13,8 @@ namespace hmoe {
 
 class PyThreadPool {
  public:
-  PyThreadPool(int num_threads, std::string_view isa)
-      : id_(Pools().Add(Check(Compute::Create(num_threads, isa)))) {}
+  PyThreadPool(int num_threads, std::string_view isa, std::string_view topology)
+      : id_(Pools().Add(Check(Compute::Create(num_threads, isa, Check(FindTopology(topology)))))) {}
   ~PyThreadPool() { Close(); }
   PyThreadPool(const PyThreadPool&) = delete;
   PyThreadPool& operator=(const PyThreadPool&) = delete;

@@ -20,8 +20,15 @@ Result<MatrixName> FindMatrixName(std::string_view name) {
   return Fail("matrix '", name, "' is unknown: expected gate, up or down");
 }
 
+Result<Residency> FindResidency(std::string_view name, int num_nodes) {
+  if (name == "auto") return num_nodes > 1 ? Residency::kArena : Residency::kMmap;
+  if (name == "mmap") return Residency::kMmap;
+  if (name == "arena") return Residency::kArena;
+  return Fail("residency '", name, "' is unknown: expected auto, mmap or arena");
+}
+
 Result<std::shared_ptr<ExpertStore>> ExpertStore::Create(std::shared_ptr<Compute> compute, const Codec& codec,
-                                                         const StoreShape& shape) {
+                                                         const StoreShape& shape, Residency residency) {
   const std::pair<const char*, int64_t> sizes[] = {{"num_layers", shape.layers},
                                                    {"num_experts", shape.experts},
                                                    {"hidden", shape.hidden},
@@ -29,14 +36,46 @@ Result<std::shared_ptr<ExpertStore>> ExpertStore::Create(std::shared_ptr<Compute
   for (const auto& [name, size] : sizes) {
     if (size <= 0) return Fail(name, ": expected a positive number, got ", size);
   }
-  return std::shared_ptr<ExpertStore>(new ExpertStore(std::move(compute), codec, shape));
+  std::shared_ptr<ExpertStore> store(new ExpertStore(std::move(compute), codec, shape, residency));
+  if (Status opened = store->OpenArena(); !opened.ok()) return opened.error();
+  return store;
 }
 
-ExpertStore::ExpertStore(std::shared_ptr<Compute> compute, const Codec& codec, const StoreShape& shape)
+ExpertStore::ExpertStore(std::shared_ptr<Compute> compute, const Codec& codec, const StoreShape& shape,
+                         Residency residency)
     : compute_(std::move(compute)),
       codec_(codec),
       shape_(shape),
+      residency_(residency),
       experts_(static_cast<size_t>(shape.layers * shape.experts)) {}
+
+Status ExpertStore::OpenArena() {
+  if (residency_ != Residency::kArena) return {};
+  constexpr int64_t kPadding = 64 * 2 * kNumMatrices;  // each array of weights or scales begins a cache line
+  const int64_t expert_bytes =
+      2 * codec_.MostBytes(shape_.ffn, shape_.hidden) + codec_.MostBytes(shape_.hidden, shape_.ffn);
+  auto arena = Arena::Create(pool(), shape_.layers * shape_.experts * (expert_bytes + kPadding));
+  if (!arena.ok()) return arena.error();
+  arena_ = std::move(arena).value();
+  return {};
+}
+
+Status ExpertStore::MoveToArena(Matrix& matrix, std::span<const uint8_t> weights,
+                                std::span<const uint8_t> scales) {
+  const auto copied = arena_->Copy(weights);
+  if (!copied.ok()) return copied.error();
+  matrix.weights = copied.value();
+  if (scales.empty()) return {};
+  const auto copied_scales = arena_->Copy(scales);
+  if (!copied_scales.ok()) return copied_scales.error();
+  matrix.scales = copied_scales.value();
+  return {};
+}
+
+std::optional<std::string> ExpertStore::placement_refusal() const {
+  const std::shared_lock lock(use_);
+  return arena_ ? arena_->refusal() : std::nullopt;
+}
 
 Status ExpertStore::Add(int64_t layer, int64_t expert, MatrixName name, std::span<const uint8_t> weights,
                         std::span<const uint8_t> scales, ScaleType scale_type) {
@@ -47,7 +86,7 @@ Status ExpertStore::Add(int64_t layer, int64_t expert, MatrixName name, std::spa
     return Fail("expert: expected 0 <= expert < ", shape_.experts, ", got ", expert);
   }
   const bool is_down = name == MatrixName::kDown;
-  const auto matrix = codec_.Describe(is_down ? shape_.hidden : shape_.ffn,
+  auto matrix = codec_.Describe(is_down ? shape_.hidden : shape_.ffn,
                                       is_down ? shape_.ffn : shape_.hidden, weights, scales, scale_type);
   if (!matrix.ok()) return Fail(Place(layer, expert, name), ": ", matrix.error().message);
 
@@ -56,6 +95,9 @@ Status ExpertStore::Add(int64_t layer, int64_t expert, MatrixName name, std::spa
   Matrix& held =
       experts_[static_cast<size_t>(layer * shape_.experts + expert)].matrices[static_cast<size_t>(name)];
   if (held.weights != nullptr) return Fail(Place(layer, expert, name), ": was added before");
+  if (arena_) {
+    if (Status moved = MoveToArena(matrix.value(), weights, scales); !moved.ok()) return moved;
+  }
   held = matrix.value();
   added_bytes_ += std::ssize(weights) + std::ssize(scales);
   return {};
@@ -87,6 +129,7 @@ void ExpertStore::Close(Error error) {
   state_ = State::kClosed;
   closed_ = std::move(error);
   experts_.clear();
+  arena_.reset();
 }
 
 Result<ExpertStore::Reading> ExpertStore::Read() const {

@@ -6,8 +6,10 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <shared_mutex>
 #include <span>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -15,6 +17,7 @@
 #include "codec/codec.h"
 #include "kernels/compute.h"
 #include "kernels/matrix.h"
+#include "store/arena.h"
 
 namespace hmoe {
 
@@ -36,18 +39,28 @@ struct StoreShape {
   int64_t ffn = 0;
 };
 
+// Where the weights lie while the store lives.
+enum class Residency {
+  kMmap,   // where the caller of Add has them, who keeps them until Close has returned
+  kArena,  // in memory of the store's own, split over the NUMA nodes: the caller may let them go after Add
+};
+
+// "auto" points into the caller's memory on one node. On several it copies, because the pages of a file lie
+// on the node that read them first, and half of all reads would cross between the sockets.
+Result<Residency> FindResidency(std::string_view name, int num_nodes);
+
 struct StoreStats {
   int64_t calls = 0;
   int64_t bytes = 0;  // of weights and scales, each expert once per call
   double seconds = 0;
 };
 
-// Built by one thread (Add, then Freeze), read by any. It does not own the memory that it points to: the
-// caller of Add keeps it until Close has returned.
+// Built by one thread (Add, then Freeze), read by any.
 class ExpertStore {
  public:
   static Result<std::shared_ptr<ExpertStore>> Create(std::shared_ptr<Compute> compute, const Codec& codec,
-                                                     const StoreShape& shape);
+                                                     const StoreShape& shape,
+                                                     Residency residency = Residency::kMmap);
 
   Status Add(int64_t layer, int64_t expert, MatrixName name, std::span<const uint8_t> weights,
              std::span<const uint8_t> scales, ScaleType scale_type);
@@ -69,6 +82,10 @@ class ExpertStore {
   const Codec& codec() const { return codec_; }
   const Isa& isa() const { return compute_->isa; }
   ThreadPool& pool() const { return *compute_->pool; }
+  Residency residency() const { return residency_; }
+
+  // Why the arena could not be bound to the NUMA nodes, if it could not.
+  std::optional<std::string> placement_refusal() const;
 
   void CountCall(int64_t experts_read, double seconds);
   StoreStats stats() const;
@@ -77,16 +94,21 @@ class ExpertStore {
  private:
   enum class State { kBuilding, kFrozen, kClosed };
 
-  ExpertStore(std::shared_ptr<Compute> compute, const Codec& codec, const StoreShape& shape);
+  ExpertStore(std::shared_ptr<Compute> compute, const Codec& codec, const StoreShape& shape,
+              Residency residency);
+  Status OpenArena();
+  Status MoveToArena(Matrix& matrix, std::span<const uint8_t> weights, std::span<const uint8_t> scales);
 
   const std::shared_ptr<Compute> compute_;
   const Codec codec_;
   const StoreShape shape_;
+  const Residency residency_;
+  std::optional<Arena> arena_;  // with Residency::kArena, until Close
   int64_t added_bytes_ = 0;  // of all experts, weights and scales
   std::vector<ExpertWeights> experts_;
   State state_ = State::kBuilding;
   Error closed_;                   // what callers are told then
-  mutable std::shared_mutex use_;  // shared: reading. Exclusive: changing experts_, state_ or closed_.
+  mutable std::shared_mutex use_;  // shared: reading. Exclusive: changing experts_, arena_, state_, closed_.
 
   mutable std::mutex stats_mutex_;
   StoreStats stats_;

@@ -91,6 +91,45 @@ void TestCloseWaitsForReaders() {
   CHECK_EQ(store->Read().error().message, "closed again");
 }
 
+void TestAnArenaKeepsACopy() {
+  const Topology topology = FindTopology("0;1").value();
+  auto compute = Compute::Create(2, "scalar", topology).value();
+  const auto store =
+      ExpertStore::Create(compute, FindCodec("fp8_block").value(), kShape, Residency::kArena).value();
+  for (int expert = 0; expert < 6; ++expert) {
+    for (const MatrixName name : {MatrixName::kGate, MatrixName::kUp, MatrixName::kDown}) {
+      const std::vector<uint8_t> weights(8 * 136, static_cast<uint8_t>(10 * expert + static_cast<int>(name)));
+      const std::vector<uint8_t> scales(2 * 4, static_cast<uint8_t>(100 + expert));
+      CHECK(store->Add(expert / 3, expert % 3, name, weights, scales, ScaleType::kFloat32).ok());
+    }
+  }
+  CHECK(store->Freeze().ok());
+  CHECK(store->residency() == Residency::kArena);
+  const Matrix& down = store->Expert(1, 2)[MatrixName::kDown];
+  CHECK_EQ(int{down.weights[0]}, 52);
+  CHECK_EQ(int{down.weights[8 * 136 - 1]}, 52);
+  CHECK_EQ(int{down.scales[7]}, 105);
+  store->Close(Fail("closed for the test"));
+  CHECK(!store->placement_refusal().has_value());
+}
+
+void TestAnArenaThatCannotFitIsRefusedAtOnce() {
+  auto compute = Compute::Create(1, "scalar").value();
+  const auto store =
+      ExpertStore::Create(compute, FindCodec("bf16").value(), {60, 256, 1 << 20, 1 << 20}, Residency::kArena);
+  CHECK_CONTAINS(store.error().message, "the experts' memory: ");
+  CHECK_CONTAINS(store.error().message, " bytes are not to be had: ");
+}
+
+void TestResidenciesByName() {
+  CHECK(FindResidency("auto", 1).value() == Residency::kMmap);
+  CHECK(FindResidency("auto", 2).value() == Residency::kArena);
+  CHECK(FindResidency("mmap", 2).value() == Residency::kMmap);
+  CHECK(FindResidency("arena", 1).value() == Residency::kArena);
+  CHECK_EQ(FindResidency("disk", 1).error().message,
+           "residency 'disk' is unknown: expected auto, mmap or arena");
+}
+
 void TestSizesAreChecked() {
   auto compute = Compute::Create(1, "scalar").value();
   const auto store = ExpertStore::Create(compute, FindCodec("bf16").value(), {1, 1, 0, 1});
@@ -120,6 +159,9 @@ int main() {
   hmoe::TestHolesAreNamed();
   hmoe::TestAFrozenStoreIsReadAndNotChanged();
   hmoe::TestCloseWaitsForReaders();
+  hmoe::TestAnArenaKeepsACopy();
+  hmoe::TestAnArenaThatCannotFitIsRefusedAtOnce();
+  hmoe::TestResidenciesByName();
   hmoe::TestSizesAreChecked();
   hmoe::TestIdsAreNotReused();
   return hmoe::test::failures;

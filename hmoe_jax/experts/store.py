@@ -15,6 +15,7 @@ from hmoe_jax.kernels.pool import ThreadPool
 from hmoe_jax.quant import num_blocks
 
 Codec = Literal["bf16", "fp8_block"]
+Residency = Literal["auto", "mmap", "arena"]
 WEIGHT_DTYPE = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp8_block": np.dtype(ml_dtypes.float8_e4m3fn)}
 
 
@@ -62,11 +63,28 @@ class StoreStats:
 class ExpertStore:
     """All routed experts, read by `moe_experts` through `id`. A context manager; `close()` releases the arrays.
 
-    The arrays are not copied: they, and the file mappings behind them, are kept alive until `close()`. Raises
-    `ValueError` for a tensor of the wrong dtype, shape or layout, for one given twice, and for a missing one.
+    `residency` says where the weights lie:
+
+    - "mmap": where the arrays have them. Nothing is copied; the arrays, and the file mappings behind them, are kept
+      alive until `close()`.
+    - "arena": in memory of the store's own, in huge pages. Each array is copied by the pool's threads and let go
+      before the next is asked for, so that one copy is all that is held. Node n of the pool's N NUMA nodes has the
+      rows `[n * rows / N, (n + 1) * rows / N)` of every matrix, rounded to pages.
+    - "auto": "mmap" for a pool on one NUMA node, "arena" on several.
+
+    Raises `ValueError` for a tensor of the wrong dtype, shape or layout, for one given twice, for a missing one, and
+    when the memory is not to be had.
     """
 
-    def __init__(self, tensors: Iterable[ExpertTensor], *, shape: StoreShape, codec: Codec, pool: ThreadPool):
+    def __init__(
+        self,
+        tensors: Iterable[ExpertTensor],
+        *,
+        shape: StoreShape,
+        codec: Codec,
+        pool: ThreadPool,
+        residency: Residency = "auto",
+    ):
         self.shape, self.codec = shape, codec
         self.native = _native.ExpertStore(
             pool.native,
@@ -75,9 +93,11 @@ class ExpertStore:
             num_experts=shape.num_experts,
             hidden=shape.hidden,
             ffn=shape.ffn,
+            residency=residency,
         )
         for tensor in tensors:
             self._add(tensor)
+            del tensor  # else its arrays live while the next is read
         self.native.freeze()
 
     def _add(self, tensor: ExpertTensor) -> None:
@@ -94,6 +114,19 @@ class ExpertStore:
     def id(self) -> int:
         """What the FFI calls know this store by."""
         return self.native.id
+
+    @property
+    def residency(self) -> Residency:
+        """ "mmap" or "arena"."""
+        return self.native.residency
+
+    @property
+    def placement_refusal(self) -> str | None:
+        """Why the kernel did not bind the arena's pages to NUMA nodes, as in many containers; None where it did.
+
+        Then a page lies where the thread ran that first wrote to it, which is mostly the same node.
+        """
+        return self.native.placement_refusal
 
     def stats(self) -> StoreStats:
         stats = self.native.stats()

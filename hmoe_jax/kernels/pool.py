@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from hmoe_jax.kernels import _native
-
-CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
 
 class ThreadPool:
     """Owns the threads and the choice of ISA. A context manager; `close()` ends it.
 
     The threads live on until every `ExpertStore` made with the pool is closed too. `isa` is one of
-    `available_isas()`, or "auto" for the best of them. Raises `ValueError` for what this machine does not offer, and
-    when it does not start the threads.
+    `available_isas()`, or "auto" for the best of them. `topology` is "auto" for the machine's own NUMA nodes and cores,
+    or the CPUs of each node, like "0-15;16-31". Raises `ValueError` for what this machine does not offer, and when it
+    does not start the threads.
     """
 
-    def __init__(self, num_threads: int | str = "auto", *, isa: str = "auto"):
-        self.native = _native.ThreadPool(resolve_num_threads(num_threads), isa)
+    def __init__(self, num_threads: int | str = "auto", *, isa: str = "auto", topology: str = "auto"):
+        self.native = _native.ThreadPool(resolve_num_threads(num_threads, topology=topology), isa, topology)
 
     @property
     def id(self) -> int:
@@ -29,6 +25,11 @@ class ThreadPool:
     @property
     def num_threads(self) -> int:
         return self.native.num_threads
+
+    @property
+    def num_nodes(self) -> int:
+        """NUMA nodes that have a thread of the pool."""
+        return self.native.num_nodes
 
     @property
     def isa(self) -> str:
@@ -57,29 +58,14 @@ def cpu_name() -> str:
     return _native.cpu_name()
 
 
-def resolve_num_threads(num_threads: int | str) -> int:
-    """ "auto" is one thread per CPU that this process may use, fewer under a cgroup quota.
+def resolve_num_threads(num_threads: int | str, *, topology: str = "auto") -> int:
+    """ "auto" is one thread per physical core that this process may use, fewer under a cgroup quota.
 
-    Raises `ValueError` for numbers below 1, or above the CPUs: threads that share a CPU wait for each other at
-    every barrier.
+    A number may go beyond the cores, up to all hardware threads. Raises `ValueError` for numbers below 1, or above
+    the CPUs: threads that share a CPU wait for each other at every barrier.
     """
-    allowed = len(os.sched_getaffinity(0))
     if num_threads == "auto":
-        return max(1, min(allowed, _cgroup_cpus(CPU_MAX)))
+        return _native.resolve_num_threads(None, topology)
     if not isinstance(num_threads, int) or isinstance(num_threads, bool):
         raise ValueError(f"num_threads: expected 'auto' or a positive integer, got {num_threads!r}")
-    if not 1 <= num_threads <= allowed:
-        raise ValueError(
-            f"num_threads: expected 1 <= num_threads <= {allowed}, the CPUs of this process, got {num_threads}"
-        )
-    return num_threads
-
-
-def _cgroup_cpus(cpu_max: Path) -> int:
-    """Whole CPUs that the quota pays for; effectively unlimited where there is none."""
-    unlimited = 1 << 30
-    try:
-        quota, period = cpu_max.read_text().split()
-    except (OSError, ValueError):
-        return unlimited
-    return unlimited if quota == "max" else int(quota) // int(period)
+    return _native.resolve_num_threads(num_threads, topology)

@@ -96,6 +96,46 @@ def test_a_store_reads_mapped_files_and_keeps_them_mapped(pool, tmp_path):
     assert file() is None
 
 
+@pytest.mark.parametrize("topology", ["0-1;0-1", "0;1;0;1"])
+@pytest.mark.parametrize("codec", ["bf16", "fp8_block"])
+def test_weights_split_over_numa_nodes_give_the_same_bits(topology, codec):
+    experts, batch = Experts.random(SHAPE, codec), Batch.random(SHAPE, 5, slots=2)
+    with ThreadPool(1) as one, experts.store(one) as store:
+        assert store.residency == "mmap"
+        expected = moe_experts(*batch.operands, layer=1, store=store.id)
+    with ThreadPool(topology=topology) as pool, experts.store(pool) as split:
+        assert (pool.num_threads, pool.num_nodes) == (4, 1 + topology.count(";"))
+        assert split.residency == "arena"
+        np.testing.assert_array_equal(moe_experts(*batch.operands, layer=1, store=split.id), expected)
+
+
+def test_an_arena_lets_each_array_go_before_it_takes_the_next(pool):
+    experts, batch = Experts.random(SHAPE, "fp8_block"), Batch.random(SHAPE, 3, slots=2)
+    alive: list[weakref.ref] = []
+
+    def one_at_a_time():
+        for tensor in experts.tensors:
+            weight = tensor.weight.copy()
+            assert not any(array() is not None for array in alive)
+            alive.append(weakref.ref(weight))
+            yield tensor._replace(weight=weight)
+            del weight
+
+    with (
+        ExpertStore(one_at_a_time(), shape=SHAPE, codec="fp8_block", pool=pool, residency="arena") as copied,
+        experts.store(pool) as plain,
+    ):
+        assert (copied.residency, plain.residency) == ("arena", "mmap")
+        expected = moe_experts(*batch.operands, layer=0, store=plain.id)
+        np.testing.assert_array_equal(moe_experts(*batch.operands, layer=0, store=copied.id), expected)
+
+
+def test_a_refused_placement_is_a_sentence_and_not_an_error(pool):
+    experts = Experts.random(SHAPE, "bf16")
+    with ExpertStore(experts.tensors, shape=SHAPE, codec="bf16", pool=pool, residency="arena") as store:
+        assert store.placement_refusal is None or "not bound to NUMA nodes: mbind" in store.placement_refusal
+
+
 def test_a_store_outlives_its_pools_owner():
     experts, batch = Experts.random(SHAPE, "bf16"), Batch.random(SHAPE, 1, slots=1)
     with ThreadPool() as pool:

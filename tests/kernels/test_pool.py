@@ -7,29 +7,43 @@ import threading
 import pytest
 
 from hmoe_jax.kernels import _native
-from hmoe_jax.kernels import pool as pool_module
 from hmoe_jax.kernels.pool import ThreadPool, available_isas, cpu_name, resolve_num_threads
 
+# The kernel's files and cgroups are read by ffi/machine/topology and tested there, on made-up machines.
+RESOLVE_ON_ONE_CPU = """
+import os
+from hmoe_jax.kernels.pool import resolve_num_threads
 
-def test_auto_is_one_thread_per_allowed_cpu(monkeypatch, tmp_path):
-    monkeypatch.setattr(pool_module, "CPU_MAX", tmp_path / "absent")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 8})
-    assert resolve_num_threads("auto") == 3
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+print(resolve_num_threads("auto"))
+"""
 
 
-@pytest.mark.parametrize(("quota", "expected"), [("max 100000", 3), ("200000 100000", 2), ("50000 100000", 1)])
-def test_auto_respects_a_cgroup_quota(monkeypatch, tmp_path, quota, expected):
-    (tmp_path / "cpu.max").write_text(quota + "\n")
-    monkeypatch.setattr(pool_module, "CPU_MAX", tmp_path / "cpu.max")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 8})
-    assert resolve_num_threads("auto") == expected
+def test_auto_stays_within_the_cpus_that_the_process_may_use():
+    child = subprocess.run([sys.executable, "-c", RESOLVE_ON_ONE_CPU], capture_output=True, text=True, check=True)
+    assert child.stdout == "1\n"
+
+
+def test_auto_is_one_thread_per_core_of_the_topology():
+    assert resolve_num_threads("auto", topology="0-1;5,7,9") == 5
+    assert 1 <= resolve_num_threads("auto") <= len(os.sched_getaffinity(0))
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 4])
-def test_numbers_outside_the_allowed_cpus_are_refused(monkeypatch, wrong):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 8})
+def test_numbers_outside_the_cpus_are_refused(wrong):
     with pytest.raises(ValueError, match=f"expected 1 <= num_threads <= 3, the CPUs of this process, got {wrong}"):
-        resolve_num_threads(wrong)
+        resolve_num_threads(wrong, topology="3,5,8")
+
+
+@pytest.mark.parametrize(("num_threads", "num_nodes"), [(1, 1), (2, 2), (4, 2)])
+def test_a_declared_topology_stands_in_for_a_larger_machine(num_threads, num_nodes):
+    with ThreadPool(num_threads, topology="0-1;0-1") as pool:
+        assert (pool.num_threads, pool.num_nodes) == (num_threads, num_nodes)
+
+
+def test_a_wrong_topology_is_named():
+    with pytest.raises(ValueError, match='topology: expected CPUs below 8192 like "0-3,8", got "two", or "auto"'):
+        ThreadPool(1, topology="two")
 
 
 @pytest.mark.parametrize("wrong", ["two", "2", True])
@@ -87,12 +101,12 @@ before = num_threads()
 size = int(re.search(r"VmSize:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (size + (40 << 20), resource.RLIM_INFINITY))
 try:
-    _native.ThreadPool(64, "scalar")
+    _native.ThreadPool(64, "scalar", "auto")
 except ValueError as error:
     print(error)
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 assert num_threads() == before, (num_threads(), before)
-_native.ThreadPool(64, "scalar").close()
+_native.ThreadPool(64, "scalar", "auto").close()
 """
 
 
@@ -101,6 +115,38 @@ def test_threads_that_do_not_start_are_an_error_and_leave_none_behind():
     assert child.returncode == 0, child.stderr
     sentence = r"num_threads: 64 need 63 threads beside the caller, \d+ started: Resource temporarily unavailable\n"
     assert re.fullmatch(sentence, child.stdout)
+
+
+UNCLOSED = """
+import os
+from hmoe_jax.kernels.pool import ThreadPool
+
+pools = [ThreadPool(4, topology="0-1;0-1"), ThreadPool(1)]
+assert all(pool.read_gbps(megabytes=8) > 0 for pool in pools)
+child = os.fork()
+assert all(pool.read_gbps(megabytes=8) > 0 for pool in pools)
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+print(len(os.listdir("/proc/self/task")))
+"""
+
+
+def test_a_program_and_its_fork_end_with_pools_open():
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", UNCLOSED]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (child.returncode, child.stderr) == (0, "")
+    assert child.stdout.splitlines()[0] == "1"  # the fork, which has the caller alone
+
+
+def test_closing_a_pool_ends_its_threads():
+    def num_threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    before = num_threads()
+    with ThreadPool(300, topology=";".join(["0-1," * 37 + "0"] * 4)) as pool:
+        assert (pool.num_nodes, num_threads() - before) == (4, 299)
+        assert pool.read_gbps(megabytes=8) > 0
+    assert num_threads() == before
 
 
 def test_read_bandwidth_is_a_positive_number(pool):
