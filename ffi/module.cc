@@ -6,6 +6,7 @@
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
 
+#include "kernels/dot_peak.h"
 #include "kernels/isa.h"
 #include "kernels/read_bandwidth.h"
 #include "machine/cpu.h"
@@ -25,6 +26,12 @@ double MeasureReads(const PyThreadPool& pool, int64_t megabytes) {
   const auto compute = pool.compute();
   const nb::gil_scoped_release unlocked;
   return Check(ReadBandwidth(*compute, megabytes));
+}
+
+double MeasureDots(const PyThreadPool& pool) {
+  const auto compute = pool.compute();
+  const nb::gil_scoped_release unlocked;
+  return DotPeak(*compute);
 }
 
 // For tests: the values of stored weights by the decode that the kernels use, without scales.
@@ -87,6 +94,7 @@ NB_MODULE(_native, m) {
   m.def("all_isa_names", &AllIsaNames);
   m.def("cpu_name", &CpuName);
   m.def("read_bandwidth", &MeasureReads, "pool"_a, "megabytes"_a);
+  m.def("dot_peak", &MeasureDots, "pool"_a);
   m.def("decode", &Decode, "codec"_a, "isa"_a, "bytes"_a.noconvert());
   BindThreadPool(m);
   BindExpertStore(m);

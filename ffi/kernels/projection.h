@@ -15,6 +15,7 @@
 
 #include "codec/bf16.h"
 #include "codec/fp8_block.h"
+#include "kernels/isa/dot_peak.h"
 #include "kernels/table.h"
 
 namespace hmoe {
@@ -150,7 +151,7 @@ constexpr CodecKernels KernelsOf() {
 
 template <typename V>
 constexpr IsaKernels MakeKernels() {
-  return {{KernelsOf<V, Bf16>(), KernelsOf<V, Fp8Block>()}, V::Read};
+  return {{KernelsOf<V, Bf16>(), KernelsOf<V, Fp8Block>()}, V::Read, MultiplyAdds<typename V::Dot>};
 }
 
 }  // namespace

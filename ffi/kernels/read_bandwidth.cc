@@ -6,12 +6,18 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <limits>
 
 namespace hmoe {
 namespace {
 
 constexpr int64_t kChunk = int64_t{1} << 20;
-constexpr int kPasses = 5;
+constexpr int kPasses = 5;  // of each kind
+
+// On a two-core Emerald Rapids machine distances of 2 to 16 KB read alike, to the second-level cache 5 to 20 % faster
+// than to the first; steps of 1 KB a little faster than of 256 bytes.
+constexpr int64_t kAhead = 4096;
+constexpr int64_t kStep = 1024;
 
 class Pages {
  public:
@@ -32,6 +38,18 @@ class Pages {
   void* memory_;
 };
 
+using Read = uint64_t (*)(const uint8_t* memory, int64_t bytes);
+
+// May prefetch beyond the end, which is harmless.
+uint64_t ReadAhead(Read read, const uint8_t* memory, int64_t bytes) {
+  uint64_t seen = 0;
+  for (int64_t i = 0; i < bytes; i += kStep) {
+    for (int64_t line = 0; line < kStep; line += 64) __builtin_prefetch(memory + i + kAhead + line, 0, 2);
+    seen ^= read(memory + i, kStep);
+  }
+  return seen;
+}
+
 }  // namespace
 
 Result<double> ReadBandwidth(Compute& compute, int64_t megabytes) {
@@ -41,15 +59,19 @@ Result<double> ReadBandwidth(Compute& compute, int64_t megabytes) {
 
   ThreadPool::Session session(*compute.pool);
   session.Run(megabytes, [&](int64_t i) noexcept { std::memset(pages.data() + i * kChunk, 1, kChunk); });
+  const Result<const Isa*> widest = SelectIsa("auto");
+  if (!widest.ok()) return widest.error();
+  const Read read = widest.value()->kernels->read;
   std::atomic<uint64_t> seen{0};
-  double best_s = 0;
-  for (int pass = 0; pass < kPasses; ++pass) {
+  double best_s = std::numeric_limits<double>::infinity();
+  for (int pass = 0; pass < 2 * kPasses; ++pass) {
     const auto start = std::chrono::steady_clock::now();
     session.Run(megabytes, [&](int64_t i) noexcept {
-      seen ^= compute.isa.kernels->read(pages.data() + i * kChunk, kChunk);
+      const uint8_t* chunk = pages.data() + i * kChunk;
+      seen ^= pass % 2 == 0 ? read(chunk, kChunk) : ReadAhead(read, chunk, kChunk);
     });
     const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
-    best_s = pass == 0 ? elapsed.count() : std::min(best_s, elapsed.count());
+    best_s = std::min(best_s, elapsed.count());
   }
   return static_cast<double>(megabytes * kChunk) / best_s / 1e9;
 }

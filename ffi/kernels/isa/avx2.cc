@@ -8,6 +8,7 @@ namespace hmoe {
 namespace {
 
 struct Avx2 {
+  using Dot = DotFma256;
   static constexpr DecodeWay kWay = DecodeWay::kHalf;
   // Sixteen registers hold the two accumulators of four tokens, the operands of a step and their temporaries.
   static constexpr int kStep = 16, kOperands = 2, kTile = 4;

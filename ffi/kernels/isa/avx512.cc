@@ -8,6 +8,7 @@ namespace hmoe {
 namespace {
 
 struct Avx512 {
+  using Dot = DotFma512;
   static constexpr DecodeWay kWay = DecodeWay::kHalf;
   static constexpr int kStep = 32, kOperands = 2, kTile = 8;
   using Operand = __m512;

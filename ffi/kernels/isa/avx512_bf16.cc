@@ -9,6 +9,7 @@ namespace hmoe {
 namespace {
 
 struct Avx512Bf16 {
+  using Dot = DotBf16;
   static constexpr DecodeWay kWay = DecodeWay::kByteLookUp;
   static constexpr int kStep = 64, kOperands = 2, kTile = 8;
   using Operand = __m512i;  // 32 bfloat16

@@ -7,6 +7,7 @@ namespace {
 
 // Eight lanes, so that a block is not one long chain of additions; compilers find what vectors there are.
 struct Scalar {
+  using Dot = DotPlain;
   static constexpr DecodeWay kWay = DecodeWay::kTable;
   static constexpr int kStep = 8, kOperands = 1, kTile = 4;
   struct Operand {
