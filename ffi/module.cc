@@ -6,6 +6,7 @@
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
 
+#include "bench/naive_experts.h"
 #include "kernels/dot_peak.h"
 #include "kernels/isa.h"
 #include "kernels/read_bandwidth.h"
@@ -45,6 +46,26 @@ std::vector<float> Decode(std::string_view codec_name, std::string_view isa_name
   std::vector<float> values(static_cast<size_t>(size / codec.bytes_per_weight));
   isa->For(codec.id).decode(bytes.data(), std::ssize(values), values.data());
   return values;
+}
+
+template <typename T>
+using PyMatrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// For benchmarks: layer 0 of the store by the loop that the kernels are measured against.
+void RunNaiveExperts(PyExpertStore& store, const PyMatrix<const float>& hidden, const PyMatrix<const int32_t>& ids,
+                     const PyMatrix<const float>& weights, const PyMatrix<float>& out) {
+  const size_t tokens = hidden.shape(0), width = static_cast<size_t>(store.store().shape().hidden);
+  const auto expect = [](const char* name, const auto& array, size_t rows, size_t cols) {
+    if (array.shape(0) == rows && array.shape(1) == cols) return;
+    Check(Fail(name, ": expected shape [", rows, ", ", cols, "], got [", array.shape(0), ", ", array.shape(1), "]"));
+  };
+  expect("hidden", hidden, tokens, width);
+  expect("ids", ids, tokens, ids.shape(1));
+  expect("weights", weights, tokens, ids.shape(1));
+  expect("out", out, tokens, width);
+  const Routing routing{ids.data(), weights.data(), static_cast<int64_t>(tokens), static_cast<int64_t>(ids.shape(1))};
+  const nb::gil_scoped_release unlocked;
+  Check(NaiveExperts(store.store(), 0, hidden.data(), routing, out.data()));
 }
 
 nb::dict Stats(PyExpertStore& self) {
@@ -96,6 +117,8 @@ NB_MODULE(_native, m) {
   m.def("read_bandwidth", &MeasureReads, "pool"_a, "megabytes"_a);
   m.def("dot_peak", &MeasureDots, "pool"_a);
   m.def("decode", &Decode, "codec"_a, "isa"_a, "bytes"_a.noconvert());
+  m.def("naive_experts", &RunNaiveExperts, "store"_a, "hidden"_a.noconvert(), "ids"_a.noconvert(),
+        "weights"_a.noconvert(), "out"_a.noconvert());
   BindThreadPool(m);
   BindExpertStore(m);
 }
