@@ -162,6 +162,7 @@ def _setting(layer: Layer) -> dict[str, Any]:
         "routing": layer.routing,
         "rounds": _ROUNDS.value,
         "visit_s": _VISIT_S.value,
+        "peer": kt_kernel_peer.version() if _PEER.value else None,
     }
 
 

@@ -22,9 +22,13 @@ def check_installed() -> None:
     command = f"pip install '{NAME}=={VERSION}.*'"
     if importlib.util.find_spec("kt_kernel") is None:
         raise ValueError(f"--peer={NAME} is not installed, and this script installs nothing by itself: {command}")
-    version = metadata.version(NAME)
-    if not version.startswith(f"{VERSION}."):
-        raise ValueError(f"--peer={NAME}: expected version {VERSION}.*, got {version}: {command}")
+    installed = metadata.version(NAME)
+    if not installed.startswith(f"{VERSION}."):
+        raise ValueError(f"--peer={NAME}: expected version {VERSION}.*, got {installed}: {command}")
+
+
+def version() -> str:
+    return f"{NAME} {metadata.version(NAME)}"
 
 
 def can_run(format_name: str) -> bool:
@@ -43,7 +47,7 @@ class KtKernel:
         self._child = context.Process(target=serve, args=arguments, daemon=True)
         self._child.start()
         theirs.close()
-        self.version = str(self._receive())
+        self._receive()
 
     def visit(self, batch: Batch, *, seconds: float) -> list[float]:
         self._pipe.send((batch, seconds))

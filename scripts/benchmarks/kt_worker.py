@@ -23,7 +23,7 @@ SPIN_S = 0.1
 
 
 def serve(pipe: Connection, format_name: str, shape: StoreShape, top_k: int, threads: int) -> None:
-    """Answers with its version when it is ready, then each `(batch, seconds)`, until the pipe ends.
+    """Answers with True when it is ready, then each `(batch, seconds)`, until the pipe ends.
 
     The answer is the seconds of calls, or the output of one where `seconds` is None.
     """
@@ -31,7 +31,7 @@ def serve(pipe: Connection, format_name: str, shape: StoreShape, top_k: int, thr
     os.dup2(2, 1)  # It prints; standard output is ours.
     layer = _Layer(format_name, shape, top_k, threads)
     timers: dict[int, Timer] = {}
-    pipe.send(layer.name)
+    pipe.send(True)
     while True:
         try:
             batch, seconds = pipe.recv()
@@ -62,7 +62,6 @@ class _Layer:
         pool = native.WorkerPoolConfig()
         pool.subpool_count, pool.subpool_numa_map, pool.subpool_thread_count = 1, [0], [threads]
         self._cpu = native.CPUInfer(pool)
-        self.name = f"kt-kernel {kt_kernel.__version__} ({kt_kernel.__cpu_variant__})"
 
         self._on_gpu = torch.zeros(shape.num_experts, dtype=torch.bool)
         config = native.moe.MOEConfig(shape.num_experts, top_k, shape.hidden, shape.ffn, self._on_gpu.data_ptr())

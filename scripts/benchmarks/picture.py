@@ -68,14 +68,14 @@ def _draw_limits(axes: Any, own: Sequence[Result]) -> None:
             ceilings[result.case.by] = statistics.median(sample.limits.dot_gmacs or 0.0 for sample in result.samples)
     for isa, peak in ceilings.items():
         xs = np.geomspace(low, max(high, 2 * peak / read), 100)
-        axes.plot(xs, np.minimum(xs * read, peak), color=LIMIT, linewidth=1.3, zorder=0.5)
+        axes.plot(xs, np.minimum(xs * read, peak), color=LIMIT, linewidth=1.3, zorder=1)
         axes.annotate(
             f"{isa} {peak:,.0f} GMAC/s", (xs[-1], peak), xytext=(0, 3), textcoords="offset points",
             ha="right", va="bottom", fontsize=8, color=LIMIT,
         )  # fmt: skip
     axes.annotate(
-        f"read {read:.1f} GB/s", (low, low * read), xytext=(6, -2), textcoords="offset points",
-        ha="left", va="top", fontsize=8, color=LIMIT,
+        f"read {read:.1f} GB/s", (low, low * read), xytext=(0, 8), textcoords="offset points",
+        ha="left", va="bottom", fontsize=8, color=LIMIT,
     )  # fmt: skip
 
 

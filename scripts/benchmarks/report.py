@@ -43,7 +43,8 @@ class Report:
         return (
             f"# Expert kernels: {s['cpu']}\n\n"
             f"hidden {s['hidden']}, ffn {s['ffn']}, top-{s['top_k']} of {s['num_experts']} experts, {s['routing']} "
-            f"routing; medians of {s['rounds']} rounds.\n\n    {s['command']}"
+            f"routing; medians of {s['rounds']} rounds"
+            f"{'; against ' + s['peer'] if s['peer'] else ''}.\n\n    {s['command']}"
         )
 
     def _limits(self) -> str:
@@ -77,7 +78,8 @@ class Report:
         rows = [
             [
                 ours.case.format, str(ours.case.threads), str(ours.case.tokens), ours.case.by,
-                f"{ours.seconds * 1e6:,.0f}", other.case.by, f"{other.seconds * 1e6:,.0f}", f"{speedup(ours, other):.2f}",
+                f"{ours.seconds * 1e6:,.0f}", other.case.by, f"{other.seconds * 1e6:,.0f}",
+                f"{speedup(ours, other):.2f}",
             ]
             for ours, other in self._pairs()
         ]  # fmt: skip
@@ -108,17 +110,28 @@ class Report:
     def _notes(self) -> str:
         notes = [
             "GB/s: weights and scales of the experts that a call touches, each once. Read: the faster of plain and "
-            "prefetched 512-bit loads (or the widest there are) over a large buffer, the best pass of each round. Dot: the "
-            "ISA's dot instruction from registers. Bound: the larger of bytes / read and multiply-adds / dot. All with "
-            "the same threads, in the same run.",
+            "prefetched 512-bit loads (or the widest there are) over a large buffer, the best pass of each round. Dot: "
+            "the ISA's dot instruction from registers. Bound: the larger of bytes / read and multiply-adds / dot. All "
+            "with the same threads, in the same run.",
         ]
         if any(result.case.by == NAIVE for result in self.results):
-            notes.append(
-                f"{NAIVE}: a plain loop that turns each row into FP32 once, then multiplies it with every token."
-            )
+            notes.append(f"{NAIVE}: a plain loop that turns a row into FP32 once, then multiplies it with every token.")
         if any(result.reuse_bytes < 2 * self.cache_bytes for result in self.results):
             notes.append("*: the same weights came back too soon to be sure that the last-level cache had lost them.")
+        notes += [f"Not timed, after a call that took too long: {case}." for case in self._left_out()]
         return "\n\n".join(notes)
+
+    def _left_out(self) -> list[str]:
+        asked = sorted({result.case.tokens for result in self.results})
+        timed: dict[tuple[str, str, int], int] = {}
+        for result in self.results:
+            key = (result.case.format, result.case.by, result.case.threads)
+            timed[key] = max(timed.get(key, 0), result.case.tokens)
+        return [
+            f"{format_} by {by}, {threads} thread(s), more than {most} tokens"
+            for (format_, by, threads), most in timed.items()
+            if most < asked[-1]
+        ]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

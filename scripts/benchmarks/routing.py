@@ -48,9 +48,9 @@ def _draw(
 def rotate(ids: Int32[np.ndarray, "t k"], num_experts: int) -> list[Int32[np.ndarray, "t k"]]:
     """The same pattern on other experts: calls that follow each other walk round all of them.
 
-    A call of one token reads 8 experts, 352 MB in FP8, and the third-level cache of a server holds 300 MB and more: with
-    the same experts every time, or with popular ones, a benchmark measures that cache. Here an expert is used again
-    only after the others have been (see `least_reuse`), which is what a model with many layers does.
+    A call of one token reads 8 experts, 352 MB in FP8, and the third-level cache of a server holds 300 MB and more:
+    with the same experts every time, or with popular ones, a benchmark measures that cache. Here an expert is used
+    again only after the others have been (see `least_reuse`), which is what a model with many layers does.
     """
     labels = np.unique(ids)
     rank = np.searchsorted(labels, ids)

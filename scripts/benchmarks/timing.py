@@ -21,8 +21,8 @@ class Timer:
     def visit(self, *, seconds: float) -> list[float]:
         """Seconds of each call; at least one, and as many as begin within `seconds`.
 
-        A call before them is not counted: it wakes the threads, and the first one of all compiles. Where one takes longer
-        than a visit that would be waste, and it is left out but for the first visit.
+        A call before them is not counted: it wakes the threads, and the first one of all compiles. Where one takes
+        longer than a visit that would be waste, and it is left out but for the first visit.
         """
         if self._call_s is None or self._call_s < seconds:
             self._time_one()
