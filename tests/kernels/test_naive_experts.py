@@ -76,6 +76,9 @@ def test_wrong_operands_are_refused(wrong: dict[str, np.ndarray], message: str) 
 
 def test_other_codecs_are_refused() -> None:
     hidden, ids, weights = operands(Batch.random(SHAPE, tokens=1, slots=1))
-    with ThreadPool(1) as pool, Experts.random(SHAPE, "bf16").store(pool) as store:
-        with pytest.raises(ValueError, match="naive_experts: expected codec fp8_block, got bf16"):
-            _native.naive_experts(store.native, hidden, ids, weights, np.empty_like(hidden))
+    with (
+        ThreadPool(1) as pool,
+        Experts.random(SHAPE, "bf16").store(pool) as store,
+        pytest.raises(ValueError, match="naive_experts: expected codec fp8_block, got bf16"),
+    ):
+        _native.naive_experts(store.native, hidden, ids, weights, np.empty_like(hidden))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from benchmarks.cases import Layer
@@ -49,7 +51,7 @@ def test_distinct_experts_share_no_byte(name: str) -> None:
     for tensor in ExpertMemory(FORMATS[name], SHAPE).tensors():
         spans += [(a.ctypes.data, a.nbytes) for a in (tensor.weight, tensor.scale) if a is not None]
     spans.sort()
-    assert all(begin + size <= after for (begin, size), (after, _) in zip(spans[:-1], spans[1:], strict=True))
+    assert all(begin + size <= after for (begin, size), (after, _) in pairwise(spans))
 
 
 def test_the_tile_is_made_of_ordinary_numbers_in_every_format() -> None:
