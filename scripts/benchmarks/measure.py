@@ -55,7 +55,7 @@ def measure(group: Group, effort: Effort, *, tick: Callable[[str], None]) -> lis
                 if batch.tokens > slow.get(side.by, batch.tokens):
                     continue
                 times = side.visit(batch, seconds=effort.visit_s)
-                sample = Sample(statistics.median(times), len(times), limits[side.by])
+                sample = Sample(statistics.median(times), min(times), len(times), limits[side.by])
                 samples.setdefault(case, []).append(sample)
                 if sample.seconds > effort.max_call_s:
                     slow[side.by] = min(batch.tokens, slow.get(side.by, batch.tokens))

@@ -62,7 +62,7 @@ class Report:
 
     def _cases(self) -> str:
         header = ["format", "by", "threads", "tokens", "us", "GB/s", "of read", "GMAC/s", "of dot", "bound us"]
-        return markdown([*header, "efficiency"], [self._case(result) for result in self.results])
+        return markdown([*header, "efficiency", "best"], [self._case(result) for result in self.results])
 
     def _case(self, result: Result) -> list[str]:
         case = result.case
@@ -72,6 +72,7 @@ class Report:
             f"{result.gbps:.1f}{mark}", f"{result.read_share:.0%}", f"{result.gmacs:.1f}",
             "-" if result.dot_share is None else f"{result.dot_share:.0%}",
             f"{result.bound_s * 1e6:,.0f}", f"{result.efficiency:.2f}",
+            f"{result.best_efficiency:.2f}",
         ]  # fmt: skip
 
     def _comparison(self) -> str:
@@ -112,7 +113,8 @@ class Report:
             "GB/s: weights and scales of the experts that a call touches, each once. Read: the faster of plain and "
             "prefetched 512-bit loads (or the widest there are) over a large buffer, the best pass of each round. Dot: "
             "the ISA's dot instruction from registers. Bound: the larger of bytes / read and multiply-adds / dot. All "
-            "with the same threads, in the same run.",
+            "with the same threads, in the same run. Efficiency: bound / time of a round. Best: the best limits over "
+            "the best call, of all rounds.",
         ]
         if any(result.case.by == NAIVE for result in self.results):
             notes.append(f"{NAIVE}: a plain loop that turns a row into FP32 once, then multiplies it with every token.")
