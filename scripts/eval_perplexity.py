@@ -6,7 +6,8 @@ import dataclasses
 import time
 
 from absl import flags
-from flags import MODEL, REPOSITORY, engine_options, print_json, read_text, run_main
+from flags import MODEL, REPOSITORY, engine_options
+from mains import print_json, read_text, run_main
 
 from hmoe_jax.engine import Engine
 from hmoe_jax.evals import perplexity

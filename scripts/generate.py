@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from flags import MODEL, engine_options, print_json, read_text, run_main
+from flags import MODEL, engine_options
+from mains import print_json, read_text, run_main
 
 from hmoe_jax.engine import Engine, default_sampling_params
 from hmoe_jax.experts.store import StoreStats

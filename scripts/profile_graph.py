@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags
-from flags import MODEL, engine_options, print_json, run_main, write_atomically
+from flags import MODEL, engine_options
+from mains import make_folder, print_json, run_main, write_atomically
 from tqdm import tqdm
 
 from hmoe_jax.config import read_config
@@ -33,7 +33,7 @@ _SLOWEST = flags.DEFINE_integer("slowest", 8, "How many of the slowest operation
 
 def main() -> None:
     read_config(MODEL.value)  # Refuses a wrong --model before the folder is made.
-    out = _make_folder(Path(_OUT.value))
+    out = make_folder(Path(_OUT.value))
     # A cached program keeps the scopes of the source that it was compiled from, not of today's.
     jax.config.update("jax_enable_compilation_cache", False)
     options = EngineOptions(**engine_options(), max_num_seqs=_BATCH.value)
@@ -76,19 +76,8 @@ def _setting(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _make_folder(out: Path) -> Path:
-    """Makes the folder, and finds out now whether it can be written, not after the measurement."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
-    return out
-
-
 def _write_programs(out: Path, compiled: Mapping[str, Program]) -> None:
-    folder = _make_folder(out / "programs")
+    folder = make_folder(out / "programs")
     for name, program in compiled.items():
         write_atomically(folder / f"{name}.hlo.txt", program.text)
         write_atomically(folder / f"{name}.json", json.dumps(program.summary(), indent=2) + "\n")
@@ -97,7 +86,7 @@ def _write_programs(out: Path, compiled: Mapping[str, Program]) -> None:
 
 def _write_trace(out: Path, measured: Measured, modules: Mapping[str, Program]) -> None:
     """The profiler's own file where TensorBoard looks for it, and one in the source's words for ui.perfetto.dev."""
-    folder = _make_folder(out / "trace" / "plugins" / "profile" / measured.name)
+    folder = make_folder(out / "trace" / "plugins" / "profile" / measured.name)
     write_atomically(folder / "host.xplane.pb", measured.recording)
     write_atomically(out / "trace" / f"{measured.name}.json.gz", timeline.to_json_gz(measured.steps, modules))
 

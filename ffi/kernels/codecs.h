@@ -16,13 +16,15 @@ namespace {
 
 // Builds the table of an ISA: `KernelsOf<C>::Make()` gives those of one codec.
 template <template <typename> typename KernelsOf>
-constexpr IsaKernels MakeIsaKernels(uint64_t (*read)(const uint8_t*, int64_t)) {
+constexpr IsaKernels MakeIsaKernels(uint64_t (*read)(const uint8_t*, int64_t),
+                                    int64_t (*multiply_adds)(int64_t, float*)) {
   return {{KernelsOf<Bf16>::Make(), KernelsOf<Fp8Block>::Make(), KernelsOf<Fp8Channel>::Make(),
            KernelsOf<Int8Channel>::Make(), KernelsOf<Int4Group<32>>::Make(), KernelsOf<Int4Group<64>>::Make(),
            KernelsOf<Int4Group<128>>::Make(), KernelsOf<Mxfp4>::Make()},
           SwiGlu,
           AddScaled,
-          read};
+          read,
+          multiply_adds};
 }
 
 // A row as a kernel walks it.

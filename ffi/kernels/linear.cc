@@ -25,12 +25,14 @@ void Linear(ThreadPool& pool, const Isa& isa, const Codec& codec, const Matrix& 
     kernels.pack(rows, 0, matrix.cols, portions[p].cols, portions[p]);
   });
 
-  const RowTasks tasks =
-      CutRows({matrix.rows, codec.WeightBytes(1, matrix.cols), num_tokens, 1, session.num_threads()});
-  session.Run(tasks.count(), [&](int64_t task) noexcept {
+  const RowTasks tasks = CutRows({matrix.rows, codec.WeightBytes(1, matrix.cols), num_tokens, 1}, session);
+  session.RunByNode(tasks.per_node(), [&](int node, int64_t task, TaskThread& thread) noexcept {
+    const int64_t begin = tasks.begin(node, task), end = tasks.end(node, task);
+    if (begin >= end) return;
+    auto* workspace = thread.Memory<uint8_t>(kWorkspaceBytes);
     for (int64_t p = 0; p < num_portions; ++p) {
-      kernels.project(matrix, tasks.begin(task), tasks.end(task), portions[p],
-                      out + p * kMaxTokens * matrix.rows + tasks.begin(task), matrix.rows, Workspace());
+      kernels.project(matrix, begin, end, portions[p], out + p * kMaxTokens * matrix.rows + begin,
+                      matrix.rows, workspace);
     }
   });
 }

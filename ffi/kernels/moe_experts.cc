@@ -16,6 +16,13 @@ struct Portion {
   PackedTokens inner;   // silu(gate) * up
 };
 
+// A thread's own memory while it runs a task.
+struct alignas(64) TaskMemory {
+  uint8_t workspace[kWorkspaceBytes];
+  float first[kMaxTokens * kMaxRows], second[kMaxTokens * kMaxRows];
+  uint16_t rounded[kMaxTokens * kMaxRows];
+};
+
 struct Portions {
   const ActiveExpert* active;
   std::span<Portion> portions;
@@ -51,12 +58,12 @@ class Call {
   void CutIntoPortions();
   void Pack(const uint16_t* hidden);
   void GateAndUp();
-  void GateAndUpRows(const Portions& expert, int64_t row_begin, int64_t row_end);
+  void GateAndUpRows(const Portions& expert, int64_t row_begin, int64_t row_end, TaskMemory& memory);
   void Down();
-  void DownRows(const Portions& expert, int64_t row_begin, int64_t row_end);
+  void DownRows(const Portions& expert, int64_t row_begin, int64_t row_end, TaskMemory& memory);
   RowTasks Cut(int64_t rows, int64_t row_bytes, int64_t matrices) const {
     const int64_t active = std::max<int64_t>(1, std::ssize(groups_.experts));
-    return CutRows({rows, row_bytes, std::ssize(groups_.pairs) / active, matrices, session_.num_threads()});
+    return CutRows({rows, row_bytes, std::ssize(groups_.pairs) / active, matrices}, session_);
   }
 
   ExpertStore& store_;
@@ -113,25 +120,28 @@ void Call::GateAndUp() {
 
   const StoreShape& shape = store_.shape();
   const RowTasks rows = Cut(shape.ffn, 2 * store_.codec().WeightBytes(1, shape.hidden), std::ssize(experts_));
-  session_.Run(std::ssize(experts_) * rows.count(), [&](int64_t task) noexcept {
-    GateAndUpRows(*by_size[task / rows.count()], rows.begin(task % rows.count()),
-                  rows.end(task % rows.count()));
-  });
+  session_.RunByNode(
+      std::ssize(experts_) * rows.per_node(), [&](int node, int64_t task, TaskThread& thread) noexcept {
+        const int64_t begin = rows.begin(node, task % rows.per_node()),
+                      end = rows.end(node, task % rows.per_node());
+        if (begin < end)
+          GateAndUpRows(*by_size[task / rows.per_node()], begin, end, *thread.Memory<TaskMemory>(1));
+      });
 }
 
-void Call::GateAndUpRows(const Portions& expert, int64_t row_begin, int64_t row_end) {
+void Call::GateAndUpRows(const Portions& expert, int64_t row_begin, int64_t row_end, TaskMemory& memory) {
   const ExpertWeights& weights = store_.Expert(layer_, expert.active->expert);
   const int64_t num_rows = row_end - row_begin;
-  float gate[kMaxTokens * kMaxRows], up[kMaxTokens * kMaxRows];
-  uint16_t inner[kMaxTokens * kMaxRows];
+  float *gate = memory.first, *up = memory.second;
   for (const Portion& portion : expert.portions) {
     const int64_t num_tokens = portion.hidden.tokens;
     kernels_.project(weights[MatrixName::kGate], row_begin, row_end, portion.hidden, gate, num_rows,
-                     Workspace());
-    kernels_.project(weights[MatrixName::kUp], row_begin, row_end, portion.hidden, up, num_rows, Workspace());
-    isa_.swiglu(gate, up, num_tokens * num_rows, inner);
+                     memory.workspace);
+    kernels_.project(weights[MatrixName::kUp], row_begin, row_end, portion.hidden, up, num_rows,
+                     memory.workspace);
+    isa_.swiglu(gate, up, num_tokens * num_rows, memory.rounded);
     const uint16_t* rows[kMaxTokens];
-    for (int64_t t = 0; t < num_tokens; ++t) rows[t] = inner + t * num_rows;
+    for (int64_t t = 0; t < num_tokens; ++t) rows[t] = memory.rounded + t * num_rows;
     const int64_t end = row_end == store_.shape().ffn ? portion.inner.cols : row_end;
     kernels_.pack(rows, row_begin, num_rows, end, portion.inner);
   }
@@ -140,20 +150,21 @@ void Call::GateAndUpRows(const Portions& expert, int64_t row_begin, int64_t row_
 void Call::Down() {
   const StoreShape& shape = store_.shape();
   const RowTasks rows = Cut(shape.hidden, store_.codec().WeightBytes(1, shape.ffn), 1);
-  session_.Run(rows.count(), [&](int64_t task) noexcept {
-    for (int64_t t = 0; t < tokens_; ++t) {
-      std::fill(out_ + t * shape.hidden + rows.begin(task), out_ + t * shape.hidden + rows.end(task), 0.0f);
-    }
-    for (const Portions& expert : experts_) DownRows(expert, rows.begin(task), rows.end(task));
+  session_.RunByNode(rows.per_node(), [&](int node, int64_t task, TaskThread& thread) noexcept {
+    const int64_t begin = rows.begin(node, task), end = rows.end(node, task);
+    if (begin >= end) return;
+    for (int64_t t = 0; t < tokens_; ++t)
+      std::fill(out_ + t * shape.hidden + begin, out_ + t * shape.hidden + end, 0.0f);
+    for (const Portions& expert : experts_) DownRows(expert, begin, end, *thread.Memory<TaskMemory>(1));
   });
 }
 
-void Call::DownRows(const Portions& expert, int64_t row_begin, int64_t row_end) {
+void Call::DownRows(const Portions& expert, int64_t row_begin, int64_t row_end, TaskMemory& memory) {
   const Matrix& down = store_.Expert(layer_, expert.active->expert)[MatrixName::kDown];
   const int64_t num_rows = row_end - row_begin;
-  float projected[kMaxTokens * kMaxRows];
+  float* projected = memory.first;
   for (const Portion& portion : expert.portions) {
-    kernels_.project(down, row_begin, row_end, portion.inner, projected, num_rows, Workspace());
+    kernels_.project(down, row_begin, row_end, portion.inner, projected, num_rows, memory.workspace);
     for (int64_t t = 0; t < portion.inner.tokens; ++t) {
       const Pair& pair = groups_.pairs[static_cast<size_t>(portion.begin + t)];
       isa_.add_scaled(pair.weight, projected + t * num_rows, num_rows,

@@ -20,7 +20,4 @@ inline PackedTokens TakePacked(Scratch& scratch, const CodecKernels& kernels, in
   return {scratch.Take<uint8_t>(PackedBytes(kernels, tokens, cols)), tokens, RoundUp(cols, kBlock)};
 }
 
-// A thread's own memory for CodecKernels::project, kWorkspaceBytes of it.
-uint8_t* Workspace();
-
 }  // namespace hmoe

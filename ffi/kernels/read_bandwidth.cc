@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <limits>
 
 #include "machine/memory.h"
 
@@ -11,7 +12,24 @@ namespace hmoe {
 namespace {
 
 constexpr int64_t kChunk = int64_t{1} << 20;
-constexpr int kPasses = 5;
+constexpr int kPasses = 5;  // of each kind
+
+// On a two-core Emerald Rapids machine distances of 2 to 16 KB read alike, to the second-level cache 5 to 20
+// % faster than to the first; steps of 1 KB a little faster than of 256 bytes.
+constexpr int64_t kAhead = 4096;
+constexpr int64_t kStep = 1024;
+
+using Read = uint64_t (*)(const uint8_t* memory, int64_t bytes);
+
+// May prefetch beyond the end, which is harmless.
+uint64_t ReadAhead(Read read, const uint8_t* memory, int64_t bytes) {
+  uint64_t seen = 0;
+  for (int64_t i = 0; i < bytes; i += kStep) {
+    for (int64_t line = 0; line < kStep; line += 64) __builtin_prefetch(memory + i + kAhead + line, 0, 2);
+    seen ^= read(memory + i, kStep);
+  }
+  return seen;
+}
 
 }  // namespace
 
@@ -28,15 +46,18 @@ Result<double> ReadBandwidth(Compute& compute, int64_t megabytes) {
   };
   session.RunByNode(chunks_per_node,
                     [&](int node, int64_t i) noexcept { std::memset(chunk(node, i), 1, kChunk); });
+  const Result<const Isa*> widest = SelectIsa("auto");
+  if (!widest.ok()) return widest.error();
+  const Read read = widest.value()->kernels->read;
   std::atomic<uint64_t> seen{0};
-  double best_s = 0;
-  for (int pass = 0; pass < kPasses; ++pass) {
+  double best_s = std::numeric_limits<double>::infinity();
+  for (int pass = 0; pass < 2 * kPasses; ++pass) {
     const auto start = std::chrono::steady_clock::now();
     session.RunByNode(chunks_per_node, [&](int node, int64_t i) noexcept {
-      seen ^= compute.isa.kernels->read(chunk(node, i), kChunk);
+      seen ^= pass % 2 == 0 ? read(chunk(node, i), kChunk) : ReadAhead(read, chunk(node, i), kChunk);
     });
     const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
-    best_s = pass == 0 ? elapsed.count() : std::min(best_s, elapsed.count());
+    best_s = std::min(best_s, elapsed.count());
   }
   return static_cast<double>(bytes) / best_s / 1e9;
 }

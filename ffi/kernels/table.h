@@ -52,6 +52,10 @@ struct IsaKernels {
   // Reads `bytes` (a multiple of 256) as fast as loads go. The result only keeps the compiler from leaving it
   // out.
   uint64_t (*read)(const uint8_t* memory, int64_t bytes);
+
+  // Multiplies and adds with the dot instruction as fast as registers go; returns how many pairs. `sink` only
+  // keeps the compiler from leaving it out.
+  int64_t (*multiply_adds)(int64_t rounds, float* sink);
 };
 
 // Defined `constinit`: initialisers that run at start would use an ISA before anyone asked for it.

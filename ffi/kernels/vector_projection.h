@@ -377,7 +377,7 @@ struct VectorKernels {
       return {sizeof(typename V::Packed), 1, Pack<V, C>, Project<V, C>, DecodeAll<V, C>};
     }
   };
-  static constexpr IsaKernels Make() { return MakeIsaKernels<Of>(V::Read); }
+  static constexpr IsaKernels Make() { return MakeIsaKernels<Of>(V::Read, MultiplyAdds<typename V::Dot>); }
 };
 
 }  // namespace

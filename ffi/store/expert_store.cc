@@ -86,8 +86,8 @@ Status ExpertStore::Add(int64_t layer, int64_t expert, MatrixName name, std::spa
     return Fail("expert: expected 0 <= expert < ", shape_.experts, ", got ", expert);
   }
   const bool is_down = name == MatrixName::kDown;
-  auto matrix = codec_.Describe(is_down ? shape_.hidden : shape_.ffn,
-                                      is_down ? shape_.ffn : shape_.hidden, weights, scales, scale_type);
+  auto matrix = codec_.Describe(is_down ? shape_.hidden : shape_.ffn, is_down ? shape_.ffn : shape_.hidden,
+                                weights, scales, scale_type);
   if (!matrix.ok()) return Fail(Place(layer, expert, name), ": ", matrix.error().message);
 
   const std::unique_lock lock(use_);

@@ -104,7 +104,7 @@ class ExpertStore {
   const StoreShape shape_;
   const Residency residency_;
   std::optional<Arena> arena_;  // with Residency::kArena, until Close
-  int64_t added_bytes_ = 0;  // of all experts, weights and scales
+  int64_t added_bytes_ = 0;     // of all experts, weights and scales
   std::vector<ExpertWeights> experts_;
   State state_ = State::kBuilding;
   Error closed_;                   // what callers are told then

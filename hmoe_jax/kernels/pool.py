@@ -36,8 +36,15 @@ class ThreadPool:
         return self.native.isa
 
     def read_gbps(self, *, megabytes: int = 1024) -> float:
-        """The memory bandwidth that plain loads reach with this pool: the limit of what streams weights."""
+        """The memory bandwidth that loads reach with as many threads: the limit of what streams weights.
+
+        The machine's widest loads, whatever `isa` is, plain and prefetched: the faster of the two.
+        """
         return _native.read_bandwidth(self.native, megabytes)
+
+    def dot_gmacs(self) -> float:
+        """1e9 multiply-adds per second of the ISA's dot instruction from registers: the limit of what computes."""
+        return _native.dot_peak(self.native) / 1e9
 
     def close(self) -> None:
         self.native.close()

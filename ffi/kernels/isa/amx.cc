@@ -12,6 +12,7 @@
 
 #include "kernels/codecs.h"
 #include "kernels/isa/avx512_bf16.h"
+#include "kernels/isa/dot_peak.h"
 
 namespace hmoe {
 namespace {
@@ -463,6 +464,6 @@ uint64_t Read(const uint8_t* memory, int64_t bytes) { return kAvx512Kernels.read
 
 }  // namespace
 
-constinit const IsaKernels kAmxKernels = MakeIsaKernels<TileKernels>(Read);
+constinit const IsaKernels kAmxKernels = MakeIsaKernels<TileKernels>(Read, MultiplyAddsOfTiles);
 
 }  // namespace hmoe

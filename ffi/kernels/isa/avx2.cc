@@ -2,12 +2,14 @@
 
 #include <immintrin.h>
 
+#include "kernels/isa/dot_peak.h"
 #include "kernels/vector_projection.h"
 
 namespace hmoe {
 namespace {
 
 struct Avx2 {
+  using Dot = DotFma256;
   static constexpr DecodeWay kWay = DecodeWay::kHalf;
   static constexpr int kLanes = 8, kWidth = 8, kStep = 16, kOperands = 2, kNibbleStep = 64;
   // Sixteen registers hold the two accumulators of four tokens, the operands of a step and their temporaries.

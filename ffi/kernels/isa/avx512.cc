@@ -2,6 +2,7 @@
 
 #include <immintrin.h>
 
+#include "kernels/isa/dot_peak.h"
 #include "kernels/isa/spread512.h"
 #include "kernels/vector_projection.h"
 
@@ -9,6 +10,7 @@ namespace hmoe {
 namespace {
 
 struct Avx512 : Spread512 {
+  using Dot = DotFma512;
   static constexpr DecodeWay kWay = DecodeWay::kHalf;
   static constexpr int kLanes = 16, kWidth = 16, kStep = 32, kOperands = 2, kNibbleStep = 128;
   static constexpr int kTile = 8, kBlockRows = 4, kBlockTokens = 3;

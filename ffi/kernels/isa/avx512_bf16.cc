@@ -2,12 +2,14 @@
 
 #include "kernels/isa/avx512_bf16.h"
 
+#include "kernels/isa/dot_peak.h"
 #include "kernels/vector_projection.h"
 
 namespace hmoe {
 namespace {
 
 struct Vocabulary : Avx512Bf16 {
+  using Dot = DotBf16;
   static uint64_t Read(const uint8_t* memory, int64_t bytes) { return kAvx512Kernels.read(memory, bytes); }
 };
 

@@ -1,5 +1,6 @@
 // Plain C++: the meaning of the kernels, and what a machine without vector instructions that we know runs.
 
+#include "kernels/isa/dot_peak.h"
 #include "kernels/vector_projection.h"
 
 namespace hmoe {
@@ -7,6 +8,7 @@ namespace {
 
 // Eight lanes, so that a block is not one long chain of additions; compilers find what vectors there are.
 struct Scalar {
+  using Dot = DotPlain;
   static constexpr DecodeWay kWay = DecodeWay::kTable;
   static constexpr int kLanes = 8, kWidth = 8, kStep = 8, kNibbleStep = 64;
   static constexpr int kTile = 4, kBlockRows = 2, kBlockTokens = 2;

@@ -1,0 +1,182 @@
+"""Weight formats as checkpoints publish them, and random bytes that are valid in all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from hmoe_jax.architectures.deepseek_v3_checkpoint import MATRICES
+from hmoe_jax.experts.store import ExpertTensor, StoreShape
+from hmoe_jax.kernels import _native
+from hmoe_jax.kernels.pool import ThreadPool
+
+Shape = tuple[int, ...]
+
+BF16, E4M3 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
+TILE_BYTES = 64 << 20
+HUGE_PAGE_BYTES = 2 << 20
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One codec's arrays of a matrix `[rows, cols]`; `scale` fills its scales, so that outputs have ordinary sizes."""
+
+    name: str
+    weight_dtype: np.dtype
+    weight_shape: Callable[[int, int], Shape]
+    scale_dtype: np.dtype | None = None
+    scale_shape: Callable[[int, int], Shape] | None = None
+    scale: float = 1.0
+
+    def weight_bytes(self, rows: int, cols: int) -> int:
+        return int(np.prod(self.weight_shape(rows, cols))) * self.weight_dtype.itemsize
+
+    def scale_bytes(self, rows: int, cols: int) -> int:
+        if self.scale_dtype is None or self.scale_shape is None:
+            return 0
+        return int(np.prod(self.scale_shape(rows, cols))) * self.scale_dtype.itemsize
+
+    def expert_bytes(self, shape: StoreShape) -> int:
+        """Weights and scales of one expert: what a call reads of it."""
+        sizes = [shape.matrix(matrix) for matrix in MATRICES]
+        return sum(self.weight_bytes(*size) + self.scale_bytes(*size) for size in sizes)
+
+
+def _int4(group: int) -> Format:
+    return Format(
+        f"int4_group{group}",
+        np.dtype(np.int32),
+        lambda rows, cols: (rows, cols // 8),
+        BF16,
+        lambda rows, cols: (rows, cols // group),
+        scale=2.0**-9,
+    )
+
+
+FORMATS = {
+    each.name: each
+    for each in (
+        Format("bf16", BF16, lambda rows, cols: (rows, cols)),
+        Format(
+            "fp8_block",
+            E4M3,
+            lambda rows, cols: (rows, cols),
+            np.dtype(np.float32),
+            lambda rows, cols: (_ceil_div(rows, 128), _ceil_div(cols, 128)),
+            scale=2.0**-13,
+        ),
+        Format(
+            "fp8_channel",
+            E4M3,
+            lambda rows, cols: (rows, cols),
+            np.dtype(np.float32),
+            lambda rows, cols: (rows,),
+            scale=2.0**-13,
+        ),
+        Format(
+            "int8_channel",
+            np.dtype(np.int8),
+            lambda rows, cols: (rows, cols),
+            np.dtype(np.float32),
+            lambda rows, cols: (rows,),
+            scale=2.0**-13,
+        ),
+        *map(_int4, (32, 64, 128)),
+        Format(
+            "mxfp4",
+            np.dtype(np.uint8),
+            lambda rows, cols: (rows, cols // 2),
+            np.dtype(np.uint8),
+            lambda rows, cols: (rows, cols // 32),
+            scale=127 - 8,
+        ),
+    )
+}
+
+
+def native_formats(pool: ThreadPool) -> list[str]:
+    """Those that this build has kernels for: the native module is asked."""
+
+    def is_known(name: str) -> bool:
+        try:
+            _native.ExpertStore(pool.native, name, num_layers=1, num_experts=1, hidden=128, ffn=128).close()
+        except ValueError as error:
+            if f"codec '{name}' is unknown" in str(error):
+                return False
+            raise
+        return True
+
+    return [name for name in FORMATS if is_known(name)]
+
+
+class ExpertMemory:
+    """Weights and scales of one layer's experts in one format, each expert at addresses of its own.
+
+    The weights are one random tile again and again, at other places of every expert: how fast they are read does not
+    depend on what they are, and random numbers for gigabytes take minutes. With `overlap` the experts have the same
+    values in little memory, where they overlap: for a reader that makes a copy of its own anyway.
+    """
+
+    def __init__(self, format_: Format, shape: StoreShape, *, overlap: bool = False):
+        self.format, self.shape, self._overlap = format_, shape, overlap
+        sizes = [shape.matrix(matrix) for matrix in MATRICES]
+        self._weight_bytes = sum(format_.weight_bytes(*size) for size in sizes)
+        self._scale_bytes = sum(format_.scale_bytes(*size) for size in sizes)
+        count = 1 if overlap else shape.num_experts
+        self._weights = _huge_pages(TILE_BYTES + self._weight_bytes if overlap else count * self._weight_bytes)
+        self._scales = _huge_pages(count * self._scale_bytes)
+        tile = random_tile()
+        for begin in range(0, self._weights.size, TILE_BYTES):
+            part = self._weights[begin : begin + TILE_BYTES]
+            part[:] = tile[: part.size]
+        if format_.scale_dtype is not None:
+            self._scales.view(format_.scale_dtype)[:] = format_.scale
+
+    def tensors(self) -> Iterator[ExpertTensor]:
+        """Views of the memory, for an `ExpertStore`."""
+        for expert in range(self.shape.num_experts):
+            weight_at, scale_at = expert * self._weight_bytes, expert * self._scale_bytes
+            if self._overlap:
+                weight_at, scale_at = weight_at % TILE_BYTES, 0
+            for matrix in MATRICES:
+                size = self.shape.matrix(matrix)
+                weight_end = weight_at + self.format.weight_bytes(*size)
+                scale_end = scale_at + self.format.scale_bytes(*size)
+                weight = self._weights[weight_at:weight_end].view(self.format.weight_dtype)
+                scale = None
+                if self.format.scale_dtype is not None and self.format.scale_shape is not None:
+                    stored = self._scales[scale_at:scale_end].view(self.format.scale_dtype)
+                    scale = stored.reshape(self.format.scale_shape(*size))
+                yield ExpertTensor(0, expert, matrix, weight.reshape(self.format.weight_shape(*size)), scale)
+                weight_at, scale_at = weight_end, scale_end
+
+
+def random_tile() -> np.ndarray:
+    """TILE_BYTES bytes that are ordinary numbers in every format.
+
+    The upper byte of a BF16 weight is 0x3b to 0x3d with either sign, so weights have magnitudes around 0.01 to 0.1;
+    read as E4M3 that byte is about 1.5. The lower byte is the E4M3 code of a normal deviate times 100, as a quantiser
+    would make it: no NaN, and subnormals as rare as in a checkpoint.
+    """
+    rng = np.random.default_rng(0)
+    tile = np.empty((TILE_BYTES // 2, 2), np.uint8)
+    deviates = rng.standard_normal(1 << 16, np.float32) * 100
+    codes = np.clip(deviates, -448, 448).astype(E4M3).view(np.uint8)
+    tile[:, 0] = codes[rng.integers(0, codes.size, len(tile), np.uint16)]
+    upper = np.array([0x3B, 0x3C, 0x3C, 0x3D, 0xBB, 0xBC, 0xBC, 0xBD], np.uint8)
+    tile[:, 1] = upper[rng.integers(0, upper.size, len(tile), np.uint8)]
+    return tile.reshape(-1)
+
+
+def _huge_pages(num_bytes: int) -> np.ndarray:
+    """Uninitialised bytes from a multiple of a huge page on; NumPy asks the kernel for such pages itself."""
+    memory = np.empty(num_bytes + HUGE_PAGE_BYTES, np.uint8)
+    begin = -memory.ctypes.data % HUGE_PAGE_BYTES
+    return memory[begin : begin + num_bytes]
