@@ -57,26 +57,30 @@ def describe_experts(config: ModelConfig) -> Iterator[ExpertSpec]:
 
 def expected_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
     """All tensors by name, routed experts included, multi-token-prediction layers not."""
-    specs = jax.tree.leaves((describe(config), [spec.projection for spec in describe_experts(config)]))
-    shapes = [TensorSpec(name, (2,), ("I64", "I32")) for name in expected_shapes(config)]
-    return {spec.name: spec for spec in (*specs, *shapes)}
+    nodes = _leaves(config)
+    shapes = [TensorSpec(name, (2,), ("I64", "I32")) for name in _shapes(config, nodes)]
+    return {spec.name: spec for spec in (*jax.tree.leaves(nodes), *shapes)}
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """By name, the tensors that repeat the shape of a matrix, and what they must hold. Packed formats have them."""
+    return _shapes(config, _leaves(config))
 
-    def is_projection(node: object) -> bool:
-        return isinstance(node, Projection)
 
-    nodes = jax.tree.leaves(describe(config), is_leaf=is_projection)
-    projections = [node for node in nodes if is_projection(node)]
-    projections += [spec.projection for spec in describe_experts(config)]
+def _leaves(config: ModelConfig) -> list[TensorSpec | Projection]:
+    nodes = jax.tree.leaves(describe(config), is_leaf=lambda node: isinstance(node, Projection))
+    return nodes + [spec.projection for spec in describe_experts(config)]
+
+
+def _shapes(config: ModelConfig, nodes: list[TensorSpec | Projection]) -> dict[str, tuple[int, int]]:
     shapes = {}
-    for projection in projections:
-        module, _, _ = projection.weight.name.rpartition(".")
+    for node in nodes:
+        if not isinstance(node, Projection) or node.scale is None:
+            continue
+        module, _, _ = node.weight.name.rpartition(".")
         stored = config.stored(module)
         if stored is not None and stored.shape_name is not None:
-            rows, items = projection.weight.shape
+            rows, items = node.weight.shape
             shapes[f"{module}.{stored.shape_name}"] = rows, FORMATS[stored.codec].num_cols(items)
     return shapes
 

@@ -11,9 +11,15 @@ from hmoe_jax.config_fields import Fields
 from hmoe_jax.core import ConfigError
 from hmoe_jax.quant.formats import PER_CHANNEL, PER_TENSOR, ScaleBlock
 from hmoe_jax.quant.published import Quantization, Stored, read_quantization
-from tests.tiny import FP8, FP8_CHANNEL, INT4_KIMI, INT8_CHANNEL, compressed
+from tests.quant.configs import FP8, FP8_CHANNEL, INT4_KIMI, INT8_CHANNEL, compressed
 
-INT4 = Stored("int4_group32", ScaleBlock(1, 32), weight_name="weight_packed", shape_name="weight_shape")
+
+def int4(group: int) -> Stored:
+    block = ScaleBlock(1, group)
+    return Stored(f"int4_group{group}", block, weight_name="weight_packed", shape_name="weight_shape")
+
+
+INT4 = int4(32)
 EXPERT = "model.layers.5.mlp.experts.383.down_proj"
 DENSE = "model.layers.0.mlp.gate_proj"
 SHARED = "model.layers.7.mlp.shared_experts.up_proj"
@@ -66,12 +72,21 @@ def test_kimi_k2_thinking_has_experts_in_int4_and_nothing_else() -> None:
 @pytest.mark.parametrize(
     ("config", "stored"),
     [
-        (compressed("pack-quantized", "int", 4, "group", group_size=64), Stored("int4_group64", ScaleBlock(1, 64), "weight_packed", shape_name="weight_shape")),
-        (compressed("pack-quantized", "int", 4, "group", group_size=128, actorder="weight"), Stored("int4_group128", ScaleBlock(1, 128), "weight_packed", shape_name="weight_shape")),
+        (
+            compressed("pack-quantized", "int", 4, "group", group_size=64),
+            int4(64),
+        ),
+        (
+            compressed("pack-quantized", "int", 4, "group", group_size=128, actorder="weight"),
+            int4(128),
+        ),
         (compressed("float-quantized", "float", 8, "channel"), Stored("fp8_channel", PER_CHANNEL)),
         (compressed("float-quantized", "float", 8, "tensor"), Stored("fp8_channel", PER_TENSOR)),
         (compressed("naive-quantized", "float", 8, "tensor"), Stored("fp8_channel", PER_TENSOR)),
-        (compressed("float-quantized", "float", 8, "block", block_structure=[128, 128]), Stored("fp8_block", ScaleBlock(128, 128))),
+        (
+            compressed("float-quantized", "float", 8, "block", block_structure=[128, 128]),
+            Stored("fp8_block", ScaleBlock(128, 128)),
+        ),
         (compressed("int-quantized", "int", 8, "channel"), Stored("int8_channel", PER_CHANNEL)),
         (compressed("int-quantized", "int", 8, "tensor"), Stored("int8_channel", PER_TENSOR)),
     ],
@@ -90,7 +105,11 @@ def test_a_group_may_have_a_format_of_its_own() -> None:
 def test_names_win_over_expressions_and_expressions_over_classes() -> None:
     groups = {
         "a": {**FP8_CHANNEL["config_groups"]["group_0"], "targets": ["Linear"], "format": "float-quantized"},
-        "b": {**INT8_CHANNEL["config_groups"]["group_0"], "targets": [r"re:.*experts\.\d+\."], "format": "int-quantized"},
+        "b": {
+            **INT8_CHANNEL["config_groups"]["group_0"],
+            "targets": [r"re:.*experts\.\d+\."],
+            "format": "int-quantized",
+        },
         "c": {**INT4_KIMI["config_groups"]["group_0"], "targets": [EXPERT], "format": "pack-quantized"},
     }
     quantization = read({**FP8_CHANNEL, "config_groups": groups})
@@ -147,8 +166,14 @@ def test_dense_files_may_have_a_sparsity_config() -> None:
         (with_weights(INT4_KIMI, group_size=16), "weights.group_size=16 is not implemented (only 32 or 64 or 128)"),
         (with_weights(INT4_KIMI, symmetric=False), "weights.symmetric=False is not implemented (only True)"),
         (with_weights(INT4_KIMI, actorder="group"), "weights.actorder='group' is not implemented"),
-        (with_weights(INT4_KIMI, num_bits=8), "weights.type='int' with num_bits=8 and strategy='group' in format 'pack-q"),
-        (with_weights(INT4_KIMI, strategy="channel"), "strategy='channel' in format 'pack-quantized' is not implemented"),
+        (
+            with_weights(INT4_KIMI, num_bits=8),
+            "weights.type='int' with num_bits=8 and strategy='group' in format",
+        ),
+        (
+            with_weights(INT4_KIMI, strategy="channel"),
+            "strategy='channel' in format 'pack-quantized' is not",
+        ),
         (with_weights(INT4_KIMI, type="float"), "weights.type='float' with num_bits=4"),
         (with_weights(INT4_KIMI, zero=1), "unknown field quantization_config.config_groups.group_0.weights.zero=1"),
         (with_group(INT4_KIMI, weights=None), "config_groups.group_0.weights is missing"),
