@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hmoe_jax.architectures.deepseek_v3_checkpoint import Matrix
+from hmoe_jax.architectures.deepseek_v3_checkpoint import MATRICES, Matrix
 from hmoe_jax.kernels import _native
 from hmoe_jax.kernels.pool import ThreadPool
 from hmoe_jax.quant.formats import find_format
@@ -65,6 +65,8 @@ class ExpertStore:
 
     def __init__(self, tensors: Iterable[ExpertTensor], *, shape: StoreShape, codec: str, pool: ThreadPool):
         self.shape, self.codec, self._format = shape, codec, find_format(codec)
+        for matrix in MATRICES:
+            self._format.weight_shape(*shape.matrix(matrix))
         self.native = _native.ExpertStore(
             pool.native,
             codec,
@@ -84,7 +86,7 @@ class ExpertStore:
         options = {}
         if tensor.scale is not None:
             scale = _bytes(f"{place} scale", tensor.scale)
-            if len(self._format.scale_dtypes) > 1:  # the codec alone does not say
+            if tensor.scale.dtype != np.float32:  # the default
                 options["scale_dtype"] = tensor.scale.dtype.name
         self.native.add(tensor.layer, tensor.expert, tensor.matrix, weight, scale, **options)
 
