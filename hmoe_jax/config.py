@@ -7,19 +7,17 @@ error: a reader that skips what it does not know returns wrong text without a wo
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hmoe_jax.config_fields import Fields
 from hmoe_jax.core import CheckpointError, ConfigError
+from hmoe_jax.quant.published import Quantization, Stored, read_quantization
 from hmoe_jax.strict_json import parse_object
 
 SUPPORTED_ARCHITECTURES = ("DeepseekV3ForCausalLM",)
-
-FP8_BLOCK = 128
-"""Rows and columns that share one scale in a block-FP8 checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,7 @@ class ModelConfig:
     norm_eps: float
     tie_embeddings: bool
     dtype: str
-    fp8: bool
-    not_quantized: tuple[str, ...]
+    quantization: Quantization | None
     num_mtp_layers: int
     bos_id: int | None
     eos_ids: tuple[int, ...]
@@ -153,6 +150,10 @@ class ModelConfig:
     def softmax_scale(self) -> float:
         return self.qk_dim**-0.5 * (self.yarn.softmax_scale if self.yarn else 1.0)
 
+    def stored(self, module: str) -> Stored | None:
+        """How the linear module of that name is stored; None: as plain numbers."""
+        return self.quantization.stored(module) if self.quantization else None
+
     def is_moe(self, layer: int) -> bool:
         return layer >= self.num_dense_layers
 
@@ -192,11 +193,10 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
         raise ConfigError(
             f"unsupported architecture {architectures[0]}; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
         )
-    read = _Reader(fields)
+    read = Fields(fields, harmless=_NOT_MATHEMATICS)
     for name, allowed in _FIXED.items():
         read.fixed(name, allowed)
     theta, yarn = _rope(read)
-    fp8, not_quantized = _quantization(read)
     num_heads = read.integer("num_attention_heads")
     if read.integer("num_key_value_heads", num_heads) != num_heads:
         raise ConfigError("num_key_value_heads must equal num_attention_heads: MLA has one latent for all heads")
@@ -227,8 +227,7 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
         norm_eps=read.number("rms_norm_eps"),
         tie_embeddings=read.boolean("tie_word_embeddings", False),
         dtype=_dtype(read),
-        fp8=fp8,
-        not_quantized=not_quantized,
+        quantization=read_quantization(read.nested("quantization_config")),
         num_mtp_layers=read.integer(read.spelling("num_nextn_predict_layers", "num_mtp_layers"), 0),
         bos_id=None if read.value("bos_token_id", None) is None else read.integer("bos_token_id"),
         eos_ids=_eos_ids(read.value("eos_token_id", None)),
@@ -237,81 +236,13 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
     return config
 
 
-class _Reader:
-    """Hands out fields by name and remembers which, so that `finish` can name those nobody asked for."""
-
-    def __init__(self, fields: Mapping[str, Any], prefix: str = ""):
-        self._fields, self._prefix = fields, prefix
-        self._seen: set[str] = set()
-
-    def value(self, name: str, *default: Any) -> Any:
-        self._seen.add(name)
-        if name in self._fields:
-            return self._fields[name]
-        if default:
-            return default[0]
-        raise ConfigError(f"{self._prefix}{name} is missing")
-
-    def spelling(self, *names: str) -> str:
-        """Which of a field's names the file uses (the first if none). Those that are there have to agree."""
-        self._seen.update(names)
-        used = [name for name in names if self._fields.get(name) is not None]
-        for name in used[1:]:
-            if self._fields[name] != self._fields[used[0]]:
-                raise ConfigError(
-                    f"{self._prefix}{used[0]}={self._fields[used[0]]!r} and {name}={self._fields[name]!r} differ, "
-                    "but mean the same"
-                )
-        return (used or names)[0]
-
-    def integer(self, name: str, *default: int) -> int:
-        value = self.value(name, *default)
-        if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**31:
-            raise ConfigError(f"{self._prefix}{name} must be an integer of 32 bits, got {value!r}")
-        return value
-
-    def number(self, name: str, *default: float) -> float:
-        value = self.value(name, *default)
-        # Not `math.isfinite`, which raises for an integer with hundreds of digits; NaN is not below anything.
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not abs(value) <= sys.float_info.max:
-            raise ConfigError(f"{self._prefix}{name} must be a finite number, got {value!r}")
-        return float(value)
-
-    def boolean(self, name: str, *default: bool) -> bool:
-        value = self.value(name, *default)
-        if not isinstance(value, bool):
-            raise ConfigError(f"{self._prefix}{name} must be true or false, got {value!r}")
-        return value
-
-    def fixed(self, name: str, allowed: tuple[Any, ...]) -> None:
-        value = self.value(name, allowed[0])
-        if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
-            choices = " or ".join(repr(choice) for choice in allowed)
-            raise ConfigError(f"{self._prefix}{name}={value!r} is not implemented (only {choices})")
-
-    def ignore(self, *names: str) -> None:
-        self._seen.update(names)
-
-    def finish(self) -> None:
-        unknown = sorted(set(self._fields) - self._seen - _NOT_MATHEMATICS)
-        if unknown:
-            raise ConfigError(
-                f"unknown field {self._prefix}{unknown[0]}={self._fields[unknown[0]]!r}: it may change the "
-                "mathematics, so it is not ignored"
-            )
-
-
-def _rope(read: _Reader) -> tuple[float, YarnConfig | None]:
+def _rope(read: Fields) -> tuple[float, YarnConfig | None]:
     name = read.spelling("rope_scaling", "rope_parameters")
-    fields = read.value(name, None)
-    if fields is None:
+    rope = read.nested(name)
+    if rope is None:
         return read.number("rope_theta"), None
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{name} must be an object, got {fields!r}")
-    rope = _Reader(fields, f"{name}.")
     # transformers 4 keeps theta outside, 5 inside; when both are there they have to agree.
-    theta = rope.number("rope_theta") if "rope_theta" in fields else read.number("rope_theta")
+    theta = rope.number("rope_theta") if rope.value("rope_theta", None) is not None else read.number("rope_theta")
     if read.number("rope_theta", theta) != theta:
         raise ConfigError(f"rope_theta is {read.number('rope_theta')} outside and {theta} inside rope_parameters")
     kind = rope.value(rope.spelling("rope_type", "type"), "default")
@@ -338,31 +269,6 @@ def _rope(read: _Reader) -> tuple[float, YarnConfig | None]:
     return theta, replace(yarn, factor=read.integer("max_position_embeddings") / yarn.original_max_len)
 
 
-def _quantization(read: _Reader) -> tuple[bool, tuple[str, ...]]:
-    """Whether projections are block FP8, and the modules that stay as they are."""
-    fields = read.value("quantization_config", None)
-    if fields is None:
-        return False, ()
-    if not isinstance(fields, dict):
-        raise ConfigError(f"quantization_config must be an object, got {fields!r}")
-    quant = _Reader(fields, "quantization_config.")
-    quant.fixed("quant_method", ("fp8",))
-    quant.fixed("fmt", ("e4m3",))
-    # The scheme by which others quantise *activations*; ours stay in BF16, which is more exact, so any value will do.
-    quant.ignore("activation_scheme", "scale_fmt")
-    if quant.value("weight_block_size") != [FP8_BLOCK, FP8_BLOCK]:
-        raise ConfigError(
-            f"quantization_config.weight_block_size={quant.value('weight_block_size')!r} is not implemented "
-            f"(only [{FP8_BLOCK}, {FP8_BLOCK}])"
-        )
-    not_quantized = quant.value("modules_to_not_convert", None) or []
-    if not isinstance(not_quantized, list) or not all(isinstance(name, str) for name in not_quantized):
-        raise ConfigError(f"quantization_config.modules_to_not_convert must list names, got {not_quantized!r}")
-    quant.fixed("dequantize", (False,))
-    quant.finish()
-    return True, tuple(not_quantized)
-
-
 def _eos_ids(value: Any) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
@@ -370,7 +276,7 @@ def _eos_ids(value: Any) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _dtype(read: _Reader) -> str:
+def _dtype(read: Fields) -> str:
     value = read.value(read.spelling("torch_dtype", "dtype"), None)
     dtype = "bfloat16" if value is None else value
     if dtype not in ("bfloat16", "float32"):

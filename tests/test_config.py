@@ -11,7 +11,10 @@ import pytest
 
 from hmoe_jax.config import ModelConfig, YarnConfig, parse_config, read_config
 from hmoe_jax.core import ConfigError
-from tests.tiny import CONFIGS, FP8
+from hmoe_jax.quant.formats import ScaleBlock
+from hmoe_jax.quant.published import Group, Quantization, Stored, Target
+from tests.quant.configs import FP8
+from tests.tiny import CONFIGS
 
 MODELS = Path(__file__).parents[1] / "models"
 
@@ -75,8 +78,10 @@ def test_deepseek_v3_is_read_as_published() -> None:
         norm_eps=1e-6,
         tie_embeddings=False,
         dtype="bfloat16",
-        fp8=True,
-        not_quantized=(),
+        quantization=Quantization(
+            groups=(Group((Target(2, ""),), Stored("fp8_block", ScaleBlock(128, 128), scale_name="weight_scale_inv")),),
+            kept=(Target(0, r"lm_head(\.|\Z)"),),
+        ),
         num_mtp_layers=1,
         bos_id=0,
         eos_ids=(1,),
@@ -153,7 +158,7 @@ def test_a_config_saved_by_transformers_is_the_same_record(name: str, tmp_path: 
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "original_max_position_embeddings is missing"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "10000.0 outside and 5.0 inside"),
         ({"quantization_config": "fp8"}, "quantization_config must be an object, got 'fp8'"),
-        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "quant_method='compressed-tensors'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method='gptq'"),
         ({"quantization_config": {**FP8, "weight_block_size": [64, 64]}}, "weight_block_size=[64, 64]"),
         ({"quantization_config": {**FP8, "fmt": "e5m2"}}, "fmt='e5m2'"),
         ({"quantization_config": {**FP8, "modules_to_not_convert": "lm_head"}}, "must list names, got 'lm_head'"),

@@ -19,13 +19,13 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from hmoe_jax import quant
-from hmoe_jax.architectures.deepseek_v3_checkpoint import describe, describe_experts
+from hmoe_jax.architectures.deepseek_v3_checkpoint import describe, describe_experts, expected_shapes
 from hmoe_jax.checkpoint.specs import TensorSpec
 from hmoe_jax.config import ModelConfig, parse_config
 from hmoe_jax.nn.linear import Projection
-
-FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+from hmoe_jax.quant.formats import FORMATS
+from hmoe_jax.quant.quantize import quantize
+from tests.quant.configs import FP8, PUBLISHED
 
 BOS_ID, EOS_ID = 0, 1
 
@@ -285,14 +285,47 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+_GROUPED = _fields(
+    vocab_size=311,
+    hidden_size=256,
+    num_hidden_layers=2,
+    first_k_dense_replace=1,
+    intermediate_size=384,
+    moe_intermediate_size=128,
+    n_routed_experts=6,
+    n_shared_experts=1,
+    num_experts_per_tok=3,
+    n_group=1,
+    topk_group=1,
+    norm_topk_prob=True,
+    routed_scaling_factor=1.5,
+    num_attention_heads=2,
+    q_lora_rank=128,
+    kv_lora_rank=128,
+    qk_nope_head_dim=28,
+    qk_rope_head_dim=12,
+    v_head_dim=64,
+    max_position_embeddings=256,
+    rope_theta=10000.0,
+    tie_word_embeddings=False,
+    torch_dtype="bfloat16",
+)
+"""Every matrix has columns that 128 divides, as the largest group wants."""
+
+FORMAT_CONFIGS = {name: {**_GROUPED, "quantization_config": published} for name, published in PUBLISHED.items()}
+"""The same model in every format in which an architecture like this is published."""
+
+ALL_CONFIGS = CONFIGS | FORMAT_CONFIGS
+
+
 def write_tiny(folder: Path, name: str, *, seed: int = 0, num_shards: int = 1, with_tokenizer: bool = False) -> Path:
-    """Writes the model `name` of `CONFIGS` as a Hugging Face folder and returns it.
+    """Writes the model `name` of `ALL_CONFIGS` as a Hugging Face folder and returns it.
 
     With more than one shard there is an index. The tokenizer maps bytes to ids, without merges: every text has ids
     that every configuration's vocabulary holds.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    fields = CONFIGS[name]
+    fields = ALL_CONFIGS[name]
     _write_json(folder / "config.json", fields)
     _write_shards(folder, dict(_tensors(parse_config(fields), seed=seed)), num_shards=num_shards)
     if with_tokenizer:
@@ -303,7 +336,7 @@ def write_tiny(folder: Path, name: str, *, seed: int = 0, num_shards: int = 1, w
 def random_ids(name: str, length: int, *, seed: int = 0) -> np.ndarray:
     """`length` token ids of the model `name`, special tokens excluded."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    return rng.integers(EOS_ID + 1, CONFIGS[name]["vocab_size"], length).astype(np.int32)
+    return rng.integers(EOS_ID + 1, ALL_CONFIGS[name]["vocab_size"], length).astype(np.int32)
 
 
 def _tensors(config: ModelConfig, *, seed: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -321,6 +354,7 @@ def _tensors(config: ModelConfig, *, seed: int) -> Iterator[tuple[str, np.ndarra
             yield from _projection(config, node, seed=seed)
         else:
             yield node.name, _values(node, seed=seed).astype(_plain_dtype(config, node.name))
+    yield from ((name, np.array(shape, np.int64)) for name, shape in expected_shapes(whole).items())
 
 
 def _mtp_extras(config: ModelConfig, layer: int) -> list[TensorSpec]:
@@ -340,13 +374,20 @@ def _mtp_extras(config: ModelConfig, layer: int) -> list[TensorSpec]:
 
 
 def _projection(config: ModelConfig, spec: Projection, *, seed: int) -> Iterator[tuple[str, np.ndarray]]:
-    weight = _values(spec.weight, seed=seed)
-    if spec.scale is None:
-        yield spec.weight.name, weight.astype(_plain_dtype(config, spec.weight.name))
-    else:
-        codes, scale = quant.quantize(weight)
-        yield spec.weight.name, codes
-        yield spec.scale.name, scale
+    module, _, _ = spec.weight.name.rpartition(".")
+    stored = config.stored(module)
+    if stored is None:
+        yield spec.weight.name, _values(spec.weight, seed=seed).astype(_plain_dtype(config, spec.weight.name))
+        return
+    layout = FORMATS[spec.codec]
+    rows, items = spec.weight.shape
+    wide = replace(spec.weight, shape=(rows, layout.num_cols(items)))
+    # Per channel in BF16, as compressed-tensors does for a BF16 model; per tensor in FP32.
+    scale_dtype = layout.scale_dtypes[0 if stored.block.rows is None else -1]
+    codes, scale = quantize(spec.codec, _values(wide, seed=seed), block=stored.block, scale_dtype=scale_dtype)
+    yield spec.weight.name, codes
+    shapes = (spec.scale.shape, *spec.scale.other_shapes)
+    yield spec.scale.name, scale.reshape(shapes[zlib.crc32(spec.scale.name.encode()) % len(shapes)])
 
 
 def _values(spec: TensorSpec, *, seed: int) -> np.ndarray:

@@ -86,13 +86,16 @@ class Call {
   void Run() {
     const StoreShape& shape = store_.shape();
     const int64_t num_active = std::ssize(groups_.experts);
-    const RowTasks inner = CutRows(shape.ffn, 2 * shape.hidden, num_active, session_.num_threads());
-    session_.Run(num_active * inner.count(), [&](int64_t task) noexcept {
-      const ActiveExpert& active = groups_.experts[static_cast<size_t>(task / inner.count())];
-      GateAndUpRows(active, inner.begin(task % inner.count()), inner.end(task % inner.count()));
+    const RowTasks inner = CutRows({shape.ffn, 2 * shape.hidden, tokens_, num_active}, session_);
+    session_.RunByNode(num_active * inner.per_node(), [&](int node, int64_t task) noexcept {
+      const ActiveExpert& active = groups_.experts[static_cast<size_t>(task / inner.per_node())];
+      GateAndUpRows(active, inner.begin(node, task % inner.per_node()),
+                    inner.end(node, task % inner.per_node()));
     });
-    const RowTasks outer = CutRows(shape.hidden, shape.ffn, 1, session_.num_threads());
-    session_.Run(outer.count(), [&](int64_t task) noexcept { DownRows(outer.begin(task), outer.end(task)); });
+    const RowTasks outer = CutRows({shape.hidden, shape.ffn, tokens_, 1}, session_);
+    session_.RunByNode(outer.per_node(), [&](int node, int64_t task) noexcept {
+      DownRows(outer.begin(node, task), outer.end(node, task));
+    });
   }
 
  private:
@@ -138,7 +141,7 @@ class Call {
                    std::vector<float>& row, std::vector<float>& out) const {
     row.resize(static_cast<size_t>(matrix.cols));
     const int64_t scales_per_row = CeilDiv(matrix.cols, kBlock);
-    const uint8_t* scales = matrix.scales + r / kBlock * scales_per_row * kFloatBytes;
+    const uint8_t* scales = matrix.scales + r / matrix.rows_per_scale * scales_per_row * kFloatBytes;
     multiply_({matrix.weights + r * matrix.cols, scales, matrix.cols, activations.data(),
                std::ssize(activations), row.data(), out.data()});
   }

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from hmoe_jax import quant
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.core import record
 from hmoe_jax.nn.attention import Queries, UpProjections
@@ -24,6 +23,7 @@ from hmoe_jax.nn.linear import Projection, linear
 from hmoe_jax.nn.norm import rms_norm
 from hmoe_jax.nn.rope import rotary_angles, rotate
 from hmoe_jax.nn.router import route
+from hmoe_jax.quant.dequantize import dequantize
 
 LATENT_NORM_EPS = 1e-6
 """The two norms inside MLA keep this value whatever `rms_norm_eps` says (so do the published implementations)."""
@@ -186,8 +186,8 @@ def logits(weights: Weights, hidden: Float[Array, "t d"]) -> Float32[Array, "t v
 def prepare(config: ModelConfig, weights: Weights, *, dtype: DTypeLike) -> Weights:
     """The loaded tree as `forward` wants it: a tied head filled in, `kv_b` split by heads.
 
-    The absorbed form multiplies by `kv_b` from the other side, where its FP8 blocks do not lie along the sum: it is
-    the one projection that is dequantised to `dtype` (as the reference implementation does).
+    The absorbed form multiplies by `kv_b` from the other side, where its scales do not lie along the sum: it is the
+    one projection that is dequantised to `dtype` (as the reference implementation does).
     """
     layers = tuple(
         replace(layer, attention=replace(layer.attention, kv_b=_split_kv_b(config, layer.attention.kv_b, dtype)))
@@ -197,7 +197,7 @@ def prepare(config: ModelConfig, weights: Weights, *, dtype: DTypeLike) -> Weigh
 
 
 def _split_kv_b(config: ModelConfig, kv_b: Projection, dtype: DTypeLike) -> UpProjections:
-    weight = kv_b.weight if kv_b.scale is None else quant.dequantize(kv_b.weight, kv_b.scale, dtype)
+    weight = dequantize(kv_b.codec, kv_b.weight, kv_b.scale, dtype)
     by_head = weight.reshape(config.num_heads, config.nope_dim + config.v_dim, config.kv_rank)
     return UpProjections(key=by_head[:, : config.nope_dim], value=by_head[:, config.nope_dim :])
 

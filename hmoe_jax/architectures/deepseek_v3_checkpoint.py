@@ -10,10 +10,13 @@ from typing import Literal
 import jax
 
 from hmoe_jax.architectures.deepseek_v3 import Attention, Layer, Mlp, Moe, Weights
+from hmoe_jax.checkpoint.header import DTYPE_NAMES
 from hmoe_jax.checkpoint.specs import TensorSpec
 from hmoe_jax.config import ModelConfig
+from hmoe_jax.core import ConfigError
 from hmoe_jax.nn.linear import Projection
-from hmoe_jax.quant import num_blocks
+from hmoe_jax.quant.formats import FORMATS, Format
+from hmoe_jax.quant.published import Stored
 
 Matrix = Literal["gate", "up", "down"]
 MATRICES: tuple[Matrix, ...] = ("gate", "up", "down")
@@ -38,7 +41,7 @@ def describe(config: ModelConfig) -> Weights:
         embed=_plain("model.embed_tokens.weight", config.vocab_size, d),
         layers=tuple(_layer(config, index) for index in range(config.num_layers)),
         norm=_plain("model.norm.weight", d),
-        head=None if config.tie_embeddings else Projection(_plain("lm_head.weight", config.vocab_size, d)),
+        head=None if config.tie_embeddings else _projection(config, "lm_head", config.vocab_size, d),
     )
 
 
@@ -54,21 +57,46 @@ def describe_experts(config: ModelConfig) -> Iterator[ExpertSpec]:
 
 def expected_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
     """All tensors by name, routed experts included, multi-token-prediction layers not."""
-    specs = jax.tree.leaves((describe(config), [spec.projection for spec in describe_experts(config)]))
-    return {spec.name: spec for spec in specs}
+    nodes = _leaves(config)
+    shapes = [TensorSpec(name, (2,), ("I64", "I32")) for name in _shapes(config, nodes)]
+    return {spec.name: spec for spec in (*jax.tree.leaves(nodes), *shapes)}
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """By name, the tensors that repeat the shape of a matrix, and what they must hold. Packed formats have them."""
+    return _shapes(config, _leaves(config))
+
+
+def _leaves(config: ModelConfig) -> list[TensorSpec | Projection]:
+    nodes = jax.tree.leaves(describe(config), is_leaf=lambda node: isinstance(node, Projection))
+    return nodes + [spec.projection for spec in describe_experts(config)]
+
+
+def _shapes(config: ModelConfig, nodes: list[TensorSpec | Projection]) -> dict[str, tuple[int, int]]:
+    shapes = {}
+    for node in nodes:
+        if not isinstance(node, Projection) or node.scale is None:
+            continue
+        module, _, _ = node.weight.name.rpartition(".")
+        stored = config.stored(module)
+        if stored is not None and stored.shape_name is not None:
+            rows, items = node.weight.shape
+            shapes[f"{module}.{stored.shape_name}"] = rows, FORMATS[stored.codec].num_cols(items)
+    return shapes
 
 
 def is_ignored(config: ModelConfig) -> Callable[[str], bool]:
     """Tensors that a checkpoint may hold although `forward` has no use for them.
 
-    They belong to the multi-token-prediction layers (stored as layers `num_layers`, `num_layers + 1`...), or are the
-    rotary frequencies that old writers saved.
+    They belong to the multi-token-prediction layers (stored as layers `num_layers`, `num_layers + 1`...), are the
+    rotary frequencies that old writers saved, or scale activations that stay in BF16 here.
     """
+    has_input_scales = config.quantization is not None and config.quantization.has_input_scales
 
     def ignored(name: str) -> bool:
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         is_mtp = layer is not None and 0 <= int(layer[1]) - config.num_layers < config.num_mtp_layers
-        return is_mtp or name.endswith(".rotary_emb.inv_freq")
+        return is_mtp or name.endswith(".rotary_emb.inv_freq") or (has_input_scales and name.endswith(".input_scale"))
 
     return ignored
 
@@ -121,14 +149,25 @@ def _mlp(config: ModelConfig, prefix: str, ffn: int) -> Mlp:
 
 
 def _projection(config: ModelConfig, module: str, out: int, width: int) -> Projection:
-    kept = any(module == name or module.startswith(f"{name}.") for name in config.not_quantized)
-    if not config.fp8 or kept:
+    stored = config.stored(module)
+    if stored is None:
         return Projection(_plain(f"{module}.weight", out, width))
-    scale_shape = (num_blocks(out), num_blocks(width))
+    layout = FORMATS[stored.codec]
+    try:
+        weight_shape = layout.weight_shape(out, width)
+    except ValueError as error:
+        raise ConfigError(f"quantization_config: {module}: {error}") from None
     return Projection(
-        TensorSpec(name=f"{module}.weight", shape=(out, width), dtypes=("F8_E4M3",)),
-        TensorSpec(name=f"{module}.weight_scale_inv", shape=scale_shape, dtypes=("F32",)),
+        TensorSpec(f"{module}.{stored.weight_name}", weight_shape, (DTYPE_NAMES[layout.encoding.dtype],)),
+        _scale(layout, stored, module, out, width),
+        codec=stored.codec,
     )
+
+
+def _scale(layout: Format, stored: Stored, module: str, out: int, width: int) -> TensorSpec:
+    shape, *other_shapes = stored.block.stored_shapes(out, width)
+    dtypes = tuple(DTYPE_NAMES[dtype] for dtype in layout.scale_dtypes)
+    return TensorSpec(f"{module}.{stored.scale_name}", shape, dtypes, tuple(other_shapes))
 
 
 def _plain(name: str, *shape: int) -> TensorSpec:

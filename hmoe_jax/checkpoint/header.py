@@ -42,6 +42,9 @@ NUMPY_DTYPES: Mapping[str, np.dtype] = MappingProxyType(
         "F64": np.dtype("<f8"),
     }
 )
+DTYPE_NAMES: Mapping[np.dtype, str] = MappingProxyType({dtype: name for name, dtype in NUMPY_DTYPES.items()})
+"""The other way round."""
+
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_NAME_CHARS = 1024  # published names have fewer than 100

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import ml_dtypes
 import numpy as np
 
 from hmoe_jax.checkpoint.header import NUMPY_DTYPES, TensorEntry
@@ -17,11 +18,15 @@ NAMES_SHOWN = 5
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor that a model needs; `dtypes` are safetensors names, any of which will do."""
+    """One tensor that a model needs; `dtypes` are safetensors names, any of which will do.
+
+    `other_shapes` will do as well as `shape`: they hold the same numbers in the same order.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtypes: tuple[str, ...]
+    other_shapes: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.dtypes or not set(self.dtypes) <= NUMPY_DTYPES.keys():
@@ -54,17 +59,24 @@ def check_tensors(
 
 
 def check_scales(name: str, scales: np.ndarray, *, file: str = "") -> None:
-    """Raises `CheckpointError` unless all `scales` are FP32, finite and above 0.
+    """Raises `CheckpointError` unless all `scales` are FP32 or BF16, finite and above 0.
 
     The error gives the index of the first offender, and `file`, where they came from.
     """
     error = partial(CheckpointError, file=file, tensor=name)
-    if scales.dtype != np.float32:
-        raise error("wrong dtype of scales", expected="float32", actual=scales.dtype)
+    if scales.dtype not in (np.float32, ml_dtypes.bfloat16):
+        raise error("wrong dtype of scales", expected="float32 or bfloat16", actual=scales.dtype)
     good = np.isfinite(scales) & (scales > 0)
     if not good.all():
         first = tuple(int(i) for i in np.argwhere(~good)[0])
         raise error(f"bad scale at index {first}", expected="finite and above 0", actual=float(scales[first]))
+
+
+def check_stored_shape(name: str, stored: np.ndarray, expected: tuple[int, int], *, file: str = "") -> None:
+    """Raises `CheckpointError` unless the tensor holds the two numbers of the matrix's shape."""
+    if stored.tolist() != list(expected):
+        error = "not the shape of its matrix"
+        raise CheckpointError(error, file=file, tensor=name, expected=list(expected), actual=stored.tolist())
 
 
 def _check_names(checkpoint: Checkpoint, expected: Mapping[str, TensorSpec], *, ignore: Callable[[str], bool]) -> None:
@@ -82,8 +94,9 @@ def _check_names(checkpoint: Checkpoint, expected: Mapping[str, TensorSpec], *, 
 
 def _check_entry(entry: TensorEntry, spec: TensorSpec, *, file: str) -> None:
     error = partial(CheckpointError, file=file, tensor=entry.name)
-    if entry.shape != spec.shape:
-        raise error("wrong shape", expected=list(spec.shape), actual=list(entry.shape))
+    if entry.shape not in (spec.shape, *spec.other_shapes):
+        expected = " or ".join(str(list(shape)) for shape in (spec.shape, *spec.other_shapes))
+        raise error("wrong shape", expected=expected, actual=list(entry.shape))
     if entry.dtype not in spec.dtypes:
         raise error("wrong dtype", expected=" or ".join(spec.dtypes), actual=entry.dtype)
 

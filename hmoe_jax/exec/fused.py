@@ -13,10 +13,11 @@ from hmoe_jax.checkpoint.index import Checkpoint
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.core import CheckpointError
 from hmoe_jax.exec.backend import ExpertBackend
-from hmoe_jax.exec.load import read_scales
-from hmoe_jax.experts.store import Codec, ExpertStore, ExpertTensor, StoreShape
+from hmoe_jax.exec.load import checks_mapped_scales, read_matrix
+from hmoe_jax.experts.store import ExpertStore, ExpertTensor, StoreShape
 from hmoe_jax.kernels.moe_experts import moe_experts
 from hmoe_jax.kernels.pool import ThreadPool
+from hmoe_jax.quant.formats import FORMATS
 
 
 def load_experts(
@@ -24,15 +25,15 @@ def load_experts(
 ) -> ExpertBackend:
     """Maps all experts without copying them. The backend's `close` closes the store, not the pool.
 
-    `advance` is told the bytes of the scales, which are checked: weights are read when they are chosen.
+    `advance` is told the bytes of the scales that are checked: all else is read when it is chosen.
     """
+    checks_scales = checks_mapped_scales(config, checkpoint)
 
     def tensors() -> Iterator[ExpertTensor]:
         for spec in describe_experts(config):
-            weight = checkpoint.array(spec.projection.weight.name)
-            scale = spec.projection.scale and read_scales(checkpoint, spec.projection.scale.name)
+            weight, scale = read_matrix(checkpoint, spec.projection, checks_scales=checks_scales)
             yield ExpertTensor(spec.layer, spec.expert, spec.matrix, weight, scale)
-            advance(0 if scale is None else scale.nbytes)
+            advance(scale.nbytes if scale is not None and checks_scales else 0)
 
     shape = StoreShape(config.num_moe_layers, config.num_experts, config.hidden_size, config.expert_ffn)
     store = ExpertStore(tensors(), shape=shape, codec=_codec(config, checkpoint), pool=pool)
@@ -43,15 +44,15 @@ def load_experts(
     return ExpertBackend(operand=(), bind=bind, stats=store.stats, close=store.close)
 
 
-def _codec(config: ModelConfig, checkpoint: Checkpoint) -> Codec:
-    """One codec for all experts, from the dtypes in the headers."""
-    codecs: dict[str, Codec] = {"F8_E4M3": "fp8_block", "BF16": "bf16"}
-    dtypes = {checkpoint.entries[spec.projection.weight.name].dtype for spec in describe_experts(config)}
-    if len(dtypes) > 1 or not dtypes <= codecs.keys():
+def _codec(config: ModelConfig, checkpoint: Checkpoint) -> str:
+    """The one codec of all experts. Their tensors are known to fit it, but plain ones may also be FP32."""
+    specs = [spec.projection for spec in describe_experts(config)]
+    stored = {(spec.codec, checkpoint.entries[spec.weight.name].dtype) for spec in specs}
+    if len(stored) > 1 or stored == {("bf16", "F32")}:
         raise CheckpointError(
             "routed experts have no native kernel (executor 'graph' takes them)",
             file=str(checkpoint.folder),
-            expected=" or ".join(codecs) + ", the same for all",
-            actual=", ".join(sorted(dtypes)),
+            expected=f"one of {', '.join(FORMATS)}, the same for all",
+            actual=", ".join(sorted(f"{codec} as {dtype}" for codec, dtype in stored)),
         )
-    return codecs[dtypes.pop()]
+    return stored.pop()[0]

@@ -6,6 +6,7 @@ For models that fit, and the oracle that every other executor is tested against.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -15,26 +16,36 @@ from hmoe_jax.architectures.deepseek_v3 import RoutedExperts
 from hmoe_jax.architectures.deepseek_v3_checkpoint import MATRICES, describe_experts
 from hmoe_jax.checkpoint.index import Checkpoint
 from hmoe_jax.config import ModelConfig
+from hmoe_jax.core import CheckpointError
 from hmoe_jax.exec.backend import ExpertBackend
-from hmoe_jax.exec.load import read_scales
+from hmoe_jax.exec.load import read_matrix
 from hmoe_jax.kernels.moe_experts_reference import ExpertArrays, ExpertMatrices, moe_experts_reference
+from hmoe_jax.nn.linear import Projection
 
 
 def load_experts(
     config: ModelConfig, checkpoint: Checkpoint, *, dtype: DTypeLike, advance: Callable[[int], None]
 ) -> ExpertBackend:
-    """Copies all experts to the default device; those stored without scales become `dtype`. `advance` is told bytes."""
-    stacks: dict[tuple[int, str], list[tuple[np.ndarray, np.ndarray | None]]] = {}
+    """Copies all experts to the default device; those stored without scales become `dtype`. `advance` is told bytes.
+
+    Raises `CheckpointError` if the experts of a layer are not stored alike.
+    """
+    stacks: dict[tuple[int, str], list[Projection]] = {}
     for spec in describe_experts(config):
-        weight = checkpoint.array(spec.projection.weight.name)
-        scale = spec.projection.scale and read_scales(checkpoint, spec.projection.scale.name)
-        stacks.setdefault((spec.layer, spec.matrix), []).append((weight, scale))
+        weight, scale = read_matrix(checkpoint, spec.projection)
+        stored = replace(spec.projection, weight=weight, scale=scale)
+        stacks.setdefault((spec.layer, spec.matrix), []).append(stored)
 
     def read(layer: int, matrix: str) -> ExpertMatrices:
         experts = stacks.pop((layer, matrix))
-        matrices = _stack(experts, dtype)
-        advance(sum(weight.nbytes + (0 if scale is None else scale.nbytes) for weight, scale in experts))
-        return matrices
+        codecs = sorted({stored.codec for stored in experts})
+        if len(codecs) > 1:
+            place = f"experts of MoE layer {layer}, {matrix}"
+            raise CheckpointError(
+                f"{place}: stored differently", file=str(checkpoint.folder), expected="one codec", actual=codecs
+            )
+        advance(sum(array.nbytes for array in jax.tree.leaves(experts)))
+        return _stack(experts, dtype)
 
     operand = tuple(
         ExpertArrays(**{matrix: read(layer, matrix) for matrix in MATRICES}) for layer in range(config.num_moe_layers)
@@ -42,12 +53,12 @@ def load_experts(
     return ExpertBackend(operand=operand, bind=_bind, stats=None, close=lambda: None)
 
 
-def _stack(experts: list[tuple[np.ndarray, np.ndarray | None]], dtype: DTypeLike) -> ExpertMatrices:
-    weights, scales = zip(*experts, strict=True)
-    weight = jax.device_put(np.stack(weights))
-    if scales[0] is None:
-        return ExpertMatrices(weight.astype(dtype), None)
-    return ExpertMatrices(weight, jax.device_put(np.stack(scales)))
+def _stack(experts: list[Projection], dtype: DTypeLike) -> ExpertMatrices:
+    weight = jax.device_put(np.stack([stored.weight for stored in experts]))
+    if experts[0].scale is None:
+        return ExpertMatrices(weight.astype(dtype))
+    scale = jax.device_put(np.stack([stored.scale for stored in experts]))
+    return ExpertMatrices(weight, scale, codec=experts[0].codec)
 
 
 def _bind(operand: tuple[ExpertArrays, ...]) -> RoutedExperts:

@@ -16,31 +16,46 @@ from hmoe_jax.architectures.deepseek_v3 import Moe, Weights, prepare
 from hmoe_jax.architectures.deepseek_v3_checkpoint import (
     describe,
     describe_experts,
+    expected_shapes,
     expected_tensors,
     is_ignored,
 )
 from hmoe_jax.checkpoint.index import Checkpoint
-from hmoe_jax.checkpoint.specs import TensorSpec, check_scales, check_tensors
+from hmoe_jax.checkpoint.specs import TensorSpec, check_scales, check_stored_shape, check_tensors
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.nn.linear import Projection
 
 logger = logging.getLogger(__name__)
 
 
+CHECKED_SCALE_BYTES = 2**30
+"""Up to here the scales of mapped experts are read and checked at start, which takes about a second. DeepSeek-V3's are
+160 MB; with one scale for 32 weights they are a ninth of a checkpoint, 60 GB of Kimi-K2-Thinking."""
+
+
 def check_checkpoint(config: ModelConfig, checkpoint: Checkpoint) -> None:
     """Raises `CheckpointError` unless the tensors are those that `config` promises."""
     expected = expected_tensors(config)
     check_tensors(checkpoint, expected, ignore=is_ignored(config))
+    for name, shape in expected_shapes(config).items():
+        check_stored_shape(name, checkpoint.array(name), shape, file=str(checkpoint.file_of(name)))
     num_skipped = len(checkpoint.entries) - len(expected)
     if num_skipped:
-        logger.info("skipped: %d tensors of multi-token-prediction layers or saved rotary frequencies", num_skipped)
+        logger.info("skipped: %d tensors that the model does not need", num_skipped)
 
 
 def bytes_to_read(config: ModelConfig, checkpoint: Checkpoint, *, maps_experts: bool) -> int:
-    """What a load reads of a checked checkpoint: of experts that are mapped, the scales alone."""
-    experts = [spec.projection for spec in describe_experts(config)]
-    read = [projection.scale for projection in experts] if maps_experts else experts
-    return sum(checkpoint.entries[spec.name].num_bytes for spec in jax.tree.leaves((describe(config), read)))
+    """What a load reads of a checked checkpoint: of experts that are mapped, at most the scales."""
+    experts: list[Any] = [spec.projection for spec in describe_experts(config)]
+    if maps_experts:
+        experts = [projection.scale for projection in experts] if checks_mapped_scales(config, checkpoint) else []
+    return sum(checkpoint.entries[spec.name].num_bytes for spec in jax.tree.leaves((describe(config), experts)))
+
+
+def checks_mapped_scales(config: ModelConfig, checkpoint: Checkpoint) -> bool:
+    """Whether the scales of experts whose files are only mapped are few enough to be read for a check."""
+    scales = jax.tree.leaves([spec.projection.scale for spec in describe_experts(config)])
+    return sum(checkpoint.entries[spec.name].num_bytes for spec in scales) <= CHECKED_SCALE_BYTES
 
 
 def load_weights(
@@ -53,25 +68,40 @@ def load_weights(
 ) -> Weights:
     """Everything but the routed experts, copied to the default device and prepared.
 
-    FP8 projections stay FP8; router weights become FP32, everything else `dtype`. On the CPU platform the projections
-    are multiplied by the native thread pool with the id `pool`, or by XLA if it is None. `advance` is told bytes.
+    Quantised projections stay as stored; router weights become FP32, everything else `dtype`. On the CPU platform the
+    projections are multiplied by the native thread pool with the id `pool`, or by XLA if it is None. `advance` is told
+    bytes.
     """
 
-    def read(spec: TensorSpec) -> jax.Array:
-        is_scale = spec.name.endswith("weight_scale_inv")
-        array = read_scales(checkpoint, spec.name) if is_scale else checkpoint.array(spec.name)
+    def put(array: np.ndarray) -> jax.Array:
         advance(array.nbytes)
         return jax.device_put(array)
 
-    weights = jax.tree.map(read, describe(config))
+    def read(node: Any) -> Any:
+        if not isinstance(node, Projection):
+            return put(checkpoint.array(node.name))
+        weight, scale = read_matrix(checkpoint, node)
+        return replace(node, weight=put(weight), scale=None if scale is None else put(scale))
+
+    weights = jax.tree.map(read, describe(config), is_leaf=lambda node: isinstance(node, Projection))
     return _set_pool(prepare(config, _cast(weights, dtype), dtype=dtype), pool)
 
 
-def read_scales(checkpoint: Checkpoint, name: str) -> np.ndarray:
-    """The scales of an FP8 tensor, all of them finite and above zero."""
-    scales = checkpoint.array(name)
-    check_scales(name, scales, file=str(checkpoint.file_of(name)))
-    return scales
+def read_matrix(
+    checkpoint: Checkpoint, projection: Projection, *, checks_scales: bool = True
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Views of a stored matrix and of its scales, as a grid of two axes, for a `projection` of `TensorSpec`s.
+
+    Raises `CheckpointError` for a scale that is not finite and above zero, unless `checks_scales` is false.
+    """
+    weight = checkpoint.array(projection.weight.name)
+    if projection.scale is None:
+        return weight, None
+    spec: TensorSpec = projection.scale
+    scale = checkpoint.array(spec.name)
+    if checks_scales:
+        check_scales(spec.name, scale, file=str(checkpoint.file_of(spec.name)))
+    return weight, scale.reshape(spec.shape)
 
 
 def _cast(weights: Weights, dtype: DTypeLike) -> Weights:

@@ -171,10 +171,11 @@ def _executor(
 
 
 def _check_fits(config: ModelConfig, hardware: Hardware, dtype: str) -> None:
-    """Counts neither scales nor what an FP8 checkpoint keeps in BF16: what is refused here cannot fit."""
+    """Counts neither scales nor what a quantised checkpoint keeps in BF16: what is refused here cannot fit."""
     count, itemsize = count_parameters(config), jnp.dtype(dtype).itemsize
     matrices = count.attention + count.dense_mlp + count.shared_experts + count.routed
-    weight_bytes = matrices * (1 if config.fp8 else itemsize) + (count.total - matrices) * itemsize
+    bits = config.quantization.smallest_bits if config.quantization else itemsize * 8
+    weight_bytes = matrices * bits // 8 + (count.total - matrices) * itemsize
     if weight_bytes > hardware.memory_bytes:
         raise ValueError(
             f"executor 'graph' needs all weights in memory, at least {weight_bytes:,} bytes, but device "

@@ -6,24 +6,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
-from hmoe_jax.architectures.deepseek_v3_checkpoint import Matrix
+from hmoe_jax.architectures.deepseek_v3_checkpoint import MATRICES, Matrix
 from hmoe_jax.kernels import _native
 from hmoe_jax.kernels.pool import ThreadPool
-from hmoe_jax.quant import num_blocks
+from hmoe_jax.quant.formats import find_format
 
-Codec = Literal["bf16", "fp8_block"]
 Residency = Literal["auto", "mmap", "arena"]
-WEIGHT_DTYPE = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp8_block": np.dtype(ml_dtypes.float8_e4m3fn)}
 
 
 class ExpertTensor(NamedTuple):
-    """One matrix of one expert. `weight` is `[out, in]`, row-major, at any address; the arrays may map files.
+    """One matrix of one expert, `[out, in]`, as its format stores it (`quant.formats`); the arrays may map files.
 
-    `layer` counts the layers that have routed experts. `scale` is `[ceil(out/128), ceil(in/128)]` FP32 for codec
-    `fp8_block`, None for `bf16`.
+    `layer` counts the layers that have routed experts. `scale` is the grid of scales, None where the format has none.
+    Arrays are row-major, at any address.
     """
 
     layer: int
@@ -72,8 +69,8 @@ class ExpertStore:
       rows `[n * rows / N, (n + 1) * rows / N)` of every matrix, rounded to pages.
     - "auto": "mmap" for a pool on one NUMA node, "arena" on several.
 
-    Raises `ValueError` for a tensor of the wrong dtype, shape or layout, for one given twice, for a missing one, and
-    when the memory is not to be had.
+    Raises `ValueError` for a tensor of the wrong dtype, shape or layout, for one given twice, for a missing one, for
+    sizes that the format cannot hold, and when the memory is not to be had.
     """
 
     def __init__(
@@ -81,11 +78,13 @@ class ExpertStore:
         tensors: Iterable[ExpertTensor],
         *,
         shape: StoreShape,
-        codec: Codec,
+        codec: str,
         pool: ThreadPool,
         residency: Residency = "auto",
     ):
-        self.shape, self.codec = shape, codec
+        self.shape, self.codec, self._format = shape, codec, find_format(codec)
+        for matrix in MATRICES:
+            self._format.weight_shape(*shape.matrix(matrix))
         self.native = _native.ExpertStore(
             pool.native,
             codec,
@@ -102,13 +101,14 @@ class ExpertStore:
 
     def _add(self, tensor: ExpertTensor) -> None:
         place = f"layer {tensor.layer}, expert {tensor.expert}, {tensor.matrix}"
-        _check(place, tensor.weight, WEIGHT_DTYPE[self.codec], self.shape.matrix(tensor.matrix))
-        scales = None
+        self._format.check(*self.shape.matrix(tensor.matrix), tensor.weight, tensor.scale, name=place)
+        weight, scale = _bytes(place, tensor.weight), None
+        options = {}
         if tensor.scale is not None:
-            rows, cols = self.shape.matrix(tensor.matrix)
-            _check(f"{place} scale", tensor.scale, np.dtype(np.float32), (num_blocks(rows), num_blocks(cols)))
-            scales = _bytes(tensor.scale)
-        self.native.add(tensor.layer, tensor.expert, tensor.matrix, _bytes(tensor.weight), scales)
+            scale = _bytes(f"{place} scale", tensor.scale)
+            if tensor.scale.dtype != np.float32:  # the default
+                options["scale_dtype"] = tensor.scale.dtype.name
+        self.native.add(tensor.layer, tensor.expert, tensor.matrix, weight, scale, **options)
 
     @property
     def id(self) -> int:
@@ -146,15 +146,8 @@ class ExpertStore:
         self.close()
 
 
-def _check(name: str, array: np.ndarray, dtype: np.dtype, shape: tuple[int, int]) -> None:
-    if array.dtype != dtype:
-        raise ValueError(f"{name}: expected dtype {dtype}, got {array.dtype}")
-    if array.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
+def _bytes(name: str, array: np.ndarray) -> np.ndarray:
+    """The array's memory, which NumPy cannot hand over as FP8 or BF16."""
     if not array.flags.c_contiguous:
         raise ValueError(f"{name}: expected a row-major array without gaps, got strides {array.strides}")
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    """The array's memory, which NumPy cannot hand over as FP8 or BF16."""
     return array.reshape(-1).view(np.uint8)

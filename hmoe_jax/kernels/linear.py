@@ -8,29 +8,33 @@ import numpy as np
 from jaxtyping import Array, BFloat16, Float32, Shaped
 
 from hmoe_jax.kernels import _native
+from hmoe_jax.quant.formats import Format, find_format
 
 jax.ffi.register_ffi_target("hmoe_linear", _native.linear(), platform="cpu")
 
 
 def linear(
     x: BFloat16[Array, "t i"],
-    weight: Shaped[Array, "o i"],
-    scale: Float32[Array, "row_blocks col_blocks"] | None = None,
+    weight: Shaped[Array, "o items"],
+    scale: Shaped[Array, "row_blocks col_blocks"] | None = None,
     *,
+    codec: str,
     pool: int,
 ) -> Float32[Array, "t o"]:
     """x @ weight.T with FP32 accumulation.
 
-    `weight` is BF16 without `scale`, or E4M3 with one scale per block of 128 x 128: `[ceil(o/128), ceil(i/128)]`.
-    `pool` is a `ThreadPool.id`. The bits of a row do not depend on the other rows or on the number of threads. CPU
-    platform only. Not differentiable.
+    `weight` is stored in the format `codec` (`quant.formats`), with its grid of scales unless that is `bf16`. `pool` is
+    a `ThreadPool.id`. The bits of a row do not depend on the other rows or on the number of threads. Raises
+    `ValueError` for arrays that are not of the format. CPU platform only. Not differentiable.
     """
-    if weight.dtype != (jnp.bfloat16 if scale is None else jnp.float8_e4m3fn):
-        expected = "bfloat16 without a scale, or float8_e4m3fn with one"
-        raise ValueError(
-            f"weight: expected {expected}, got {weight.dtype} {'without' if scale is None else 'with'} one"
-        )
+    layout = find_format(codec)
+    layout.check(weight.shape[0], x.shape[1], weight, scale)
     call = jax.ffi.ffi_call("hmoe_linear", jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32))
+    return call(x, weight, _native_scale(layout, scale), pool=np.int64(pool), codec=codec)
+
+
+def _native_scale(layout: Format, scale: Shaped[Array, "row_blocks col_blocks"] | None) -> Array:
+    """What the handler takes for a grid of scales: an empty matrix for none, a vector where rows have one each."""
     if scale is None:
-        return call(x, weight, jnp.zeros((0, 0), jnp.float32), pool=np.int64(pool), codec="bf16")
-    return call(x, weight, scale, pool=np.int64(pool), codec="fp8_block")
+        return jnp.zeros((0, 0), jnp.float32)
+    return scale.reshape(-1) if layout.has_whole_row_scales else scale

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from hmoe_jax.quant import dequantize
+from hmoe_jax.quant.dequantize import dequantize
 
 
-@jax.tree_util.register_dataclass
+@partial(jax.tree_util.register_dataclass, data_fields=("weight", "scale"), meta_fields=("codec",))
 @dataclass(frozen=True)
 class ExpertMatrices:
-    """One matrix of every expert: `weight [e, out, in]`; `scale [e, ceil(out/128), ceil(in/128)]` for E4M3."""
+    """One matrix of every expert, stacked as stored in the format `codec` (`quant.formats`): `[e, out, in]` of weights.
+
+    `scale` is a grid for each expert. Weights of codec `bf16` may also be held in FP32.
+    """
 
     weight: Any
     scale: Any = None
+    codec: str = "bf16"
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +64,6 @@ def moe_experts_reference(
 
 
 def _project(x: Float[Array, "t i"], matrix: ExpertMatrices) -> Float32[Array, "t o"]:
-    """In FP32 throughout: the product of two BF16 numbers, or of a scale with E4M3, is nearly or wholly exact there."""
-    scale = matrix.scale
-    weight = matrix.weight.astype(jnp.float32) if scale is None else dequantize(matrix.weight, scale, jnp.float32)
+    """In FP32 throughout: products of BF16 numbers, or of a code and its scale, are nearly or wholly exact there."""
+    weight = dequantize(matrix.codec, matrix.weight, matrix.scale, jnp.float32)
     return jnp.einsum("ti,oi->to", x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)

@@ -11,22 +11,24 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from hmoe_jax import quant
 from hmoe_jax.kernels.linear import linear as native_linear
 from hmoe_jax.nn.einsum import einsum_f32
+from hmoe_jax.quant.dequantize import dequantize
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("weight", "scale"), meta_fields=("pool",))
+@partial(jax.tree_util.register_dataclass, data_fields=("weight", "scale"), meta_fields=("codec", "pool"))
 @dataclass(frozen=True)
 class Projection:
-    """A weight `[out, in]`: BF16 or FP32, or E4M3 with `scale [ceil(out/128), ceil(in/128)]`.
+    """A weight `[out, in]` as stored in the format `codec` (`quant.formats`), with its grid of scales if it has any.
 
-    `pool` names the native thread pool that multiplies it on the CPU platform; None leaves it to XLA. In an abstract
-    tree the leaves are `TensorSpec`s.
+    Weights of codec `bf16` may also be held in FP32, for computing in FP32. `pool` names the native
+    thread pool that multiplies it on the CPU platform; None leaves it to XLA. In an abstract tree the leaves are
+    `TensorSpec`s.
     """
 
     weight: Any
     scale: Any = None
+    codec: str = "bf16"
     pool: int | None = None
 
 
@@ -40,11 +42,11 @@ def linear(x: Float[Array, "t i"], projection: Projection) -> Float32[Array, "t 
 def _linear_xla(x: Float[Array, "t i"], projection: Projection) -> Float32[Array, "t o"]:
     weight = projection.weight
     if projection.scale is not None:
-        # Scaled in FP32: rounding e4m3 * scale to BF16 would lose bits that the checkpoint has.
-        weight, x = quant.dequantize(weight, projection.scale, jnp.float32), x.astype(jnp.float32)
+        # Scaled in FP32: rounding code * scale to BF16 would lose bits that the checkpoint has.
+        weight, x = dequantize(projection.codec, weight, projection.scale, jnp.float32), x.astype(jnp.float32)
     return einsum_f32("ti,oi->to", x, weight)
 
 
 def _linear_native(x: Float[Array, "t i"], projection: Projection) -> Float32[Array, "t o"]:
     assert projection.pool is not None
-    return native_linear(x, projection.weight, projection.scale, pool=projection.pool)
+    return native_linear(x, projection.weight, projection.scale, codec=projection.codec, pool=projection.pool)

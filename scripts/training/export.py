@@ -17,7 +17,6 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from hmoe_jax import quant
 from hmoe_jax.architectures.deepseek_v3 import Weights
 from hmoe_jax.architectures.deepseek_v3_checkpoint import describe, describe_experts, expected_tensors
 from hmoe_jax.checkpoint.index import open_checkpoint
@@ -25,6 +24,8 @@ from hmoe_jax.checkpoint.integrity import write_sums
 from hmoe_jax.checkpoint.specs import TensorSpec, check_tensors
 from hmoe_jax.config import parse_config
 from hmoe_jax.nn.linear import Projection
+from hmoe_jax.quant.dequantize import dequantize
+from hmoe_jax.quant.quantize import quantize
 from training.model import ExpertWeights
 from training.text import BOS, EOS
 
@@ -112,8 +113,8 @@ def through_fp8(weights: Weights, experts: ExpertWeights, fields: dict[str, Any]
     """The same trees with every value that FP8 storage rounds, rounded; for measuring what it costs."""
 
     def rounded(matrix: np.ndarray) -> np.ndarray:
-        codes, scale = quant.quantize(np.asarray(matrix, np.float32))
-        return np.asarray(quant.dequantize(codes, scale, np.float32))
+        stored = quantize("fp8_block", np.asarray(matrix, np.float32))
+        return np.asarray(dequantize("fp8_block", *stored, np.float32))
 
     def projection(spec: Projection, value: Projection) -> Projection:
         return Projection(rounded(value.weight)) if spec.scale is not None else value
@@ -161,12 +162,10 @@ def _tensors(fields: dict[str, Any], weights: Weights, experts: ExpertWeights) -
 
 
 def _projection(spec: Projection, weight: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    if spec.scale is None:
-        yield spec.weight.name, weight.astype(ml_dtypes.bfloat16)
-        return
-    codes, scale = quant.quantize(weight)
+    codes, scale = quantize(spec.codec, weight)
     yield spec.weight.name, codes
-    yield spec.scale.name, scale
+    if scale is not None:
+        yield spec.scale.name, scale
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:

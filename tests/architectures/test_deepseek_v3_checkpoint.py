@@ -12,12 +12,18 @@ from pathlib import Path
 import jax
 import pytest
 
-from hmoe_jax.architectures.deepseek_v3_checkpoint import describe, describe_experts, expected_tensors, is_ignored
+from hmoe_jax.architectures.deepseek_v3_checkpoint import (
+    describe,
+    describe_experts,
+    expected_shapes,
+    expected_tensors,
+    is_ignored,
+)
 from hmoe_jax.checkpoint.index import open_checkpoint
 from hmoe_jax.checkpoint.specs import TensorSpec, check_tensors
 from hmoe_jax.config import ModelConfig, parse_config, read_config
-from hmoe_jax.core import CheckpointError
-from tests.tiny import CONFIGS, write_tiny
+from hmoe_jax.core import CheckpointError, ConfigError
+from tests.tiny import ALL_CONFIGS, CONFIGS, write_tiny
 
 MODELS = Path(__file__).parents[2] / "models"
 
@@ -110,9 +116,9 @@ def test_one_more_moe_layer_is_1558_tensors() -> None:
     assert longer - short == 1558
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ALL_CONFIGS)
 def test_expected_names_do_not_repeat(name: str) -> None:
-    config = parse_config(CONFIGS[name])
+    config = parse_config(ALL_CONFIGS[name])
     leaves = jax.tree.leaves((describe(config), [spec.projection for spec in describe_experts(config)]))
     assert len({spec.name for spec in leaves}) == len(leaves)
 
@@ -124,7 +130,51 @@ def test_modules_not_to_convert_stay_plain() -> None:
     assert "model.layers.1.self_attn.o_proj.weight_scale_inv" in expected
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+def test_kimi_k2_thinking_has_its_experts_packed_and_the_rest_in_bf16() -> None:
+    whole = read_config(MODELS / "kimi-k2-thinking")
+    config = replace(whole, num_layers=2)  # the dense layer, and one of 60 that are alike
+    expected = expected_tensors(config)
+    count, experts = kinds(list(expected)), 384
+    for matrix in ("gate_proj", "up_proj", "down_proj"):
+        for suffix in ("weight_packed", "weight_scale", "weight_shape"):
+            assert count[f"model.layers.N.mlp.experts.N.{matrix}.{suffix}"] == experts
+    assert not [kind for kind in count if "experts.N" not in kind and not kind.endswith((".weight", "correction_bias"))]
+    down = "model.layers.1.mlp.experts.383.down_proj"
+    shapes = {
+        name: (expected[f"{down}.{name}"].shape, expected[f"{down}.{name}"].dtypes)
+        for name in ("weight_packed", "weight_scale", "weight_shape")
+    }
+    assert shapes == {
+        "weight_packed": ((7168, 256), ("I32",)),
+        "weight_scale": ((7168, 64), ("BF16",)),
+        "weight_shape": ((2,), ("I64", "I32")),
+    }
+    assert expected_shapes(config)[f"{down}.weight_shape"] == (7168, 2048)
+    routed = sum(
+        math.prod(spec.shape) * {"I32": 4, "BF16": 2, "I64": 8}[spec.dtypes[0]]
+        for name, spec in expected.items()
+        if ".mlp.experts." in name
+    )
+    # Half a byte and a sixteenth for each weight, and the shapes: 570.8 GB in all layers.
+    assert routed == 384 * 3 * (7168 * 2048 * 9 // 16 + 16)
+    assert whole.num_moe_layers == 60
+
+
+def test_a_group_that_does_not_divide_a_matrix_is_named_with_the_matrix() -> None:
+    fields = {**ALL_CONFIGS["int4-group128"], "moe_intermediate_size": 96}
+    sentence = "model.layers.1.mlp.shared_experts.down_proj: int4_group128 needs columns that 128 divides, got 96"
+    with pytest.raises(ConfigError, match=sentence):
+        expected_tensors(parse_config(fields))
+
+
+def test_scales_of_static_activations_may_be_there_where_the_config_has_them() -> None:
+    config = parse_config(ALL_CONFIGS["fp8-tensor"])
+    name = "model.layers.0.self_attn.o_proj.input_scale"
+    assert not is_ignored(config)(name)
+    assert is_ignored(replace(config, quantization=replace(config.quantization, has_input_scales=True)))(name)
+
+
+@pytest.mark.parametrize("name", ALL_CONFIGS)
 def test_tiny_checkpoints_are_accepted_whole_and_refused_without_one_tensor(name: str, tmp_path: Path) -> None:
     config = read_config(write_tiny(tmp_path, name))
     expected = expected_tensors(config)

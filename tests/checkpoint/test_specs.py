@@ -59,7 +59,7 @@ def test_ignoring_excuses_no_missing_tensor(checkpoint):
 
 def test_a_wrong_shape_is_shown_beside_the_expected_one(checkpoint):
     error = rejected(checkpoint, SPECS | {NORM: TensorSpec(NORM, (1, 3), ("BF16",))})
-    assert (error.problem, error.tensor, error.expected, error.actual) == ("wrong shape", NORM, [1, 3], [3])
+    assert (error.problem, error.tensor, error.expected, error.actual) == ("wrong shape", NORM, "[1, 3]", [3])
     assert error.file == str(checkpoint.file_of(NORM))
 
 
@@ -71,6 +71,12 @@ def test_a_wrong_dtype_is_shown_beside_the_allowed_ones(checkpoint):
         "F32 or F16",
         "BF16",
     )
+
+
+def test_any_of_the_allowed_shapes_passes_and_all_are_shown(checkpoint):
+    check_tensors(checkpoint, SPECS | {NORM: TensorSpec(NORM, (3, 1), ("BF16",), other_shapes=((3,),))})
+    error = rejected(checkpoint, SPECS | {NORM: TensorSpec(NORM, (3, 1), ("BF16",), other_shapes=((1, 3),))})
+    assert error.expected == "[3, 1] or [1, 3]"
 
 
 @pytest.mark.parametrize("dtypes", [(), ("float32",), ("F32", "F4")])
@@ -102,7 +108,7 @@ def test_the_first_bad_scale_is_named_with_its_index(place, value):
 
 
 def test_scales_of_another_dtype_are_refused():
-    with pytest.raises(CheckpointError, match="wrong dtype of scales: expected float32, got float64"):
+    with pytest.raises(CheckpointError, match="wrong dtype of scales: expected float32 or bfloat16, got float64"):
         check_scales("s", np.ones(2))
 
 

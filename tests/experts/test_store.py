@@ -1,6 +1,9 @@
 import gc
+import resource
 import threading
 import weakref
+from contextlib import contextmanager
+from pathlib import Path
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -8,9 +11,14 @@ import numpy as np
 import pytest
 
 from hmoe_jax.experts.store import ExpertStore, ExpertTensor, StoreShape
+from hmoe_jax.kernels import _native
 from hmoe_jax.kernels.moe_experts import moe_experts
 from hmoe_jax.kernels.pool import ThreadPool
-from tests.kernels.expert_case import Batch, Experts
+from hmoe_jax.quant.formats import FORMATS
+from tests.kernels.bounds import assert_within
+from tests.kernels.codecs import CODECS, needs_codec
+from tests.kernels.expert_case import Batch, Experts, random_matrix, shape_for
+from tests.quant.cases import LAYOUTS
 
 SHAPE = StoreShape(num_layers=2, num_experts=2, hidden=136, ffn=24)
 
@@ -36,9 +44,16 @@ def replaced(experts: Experts, index: int, **changes: object) -> list[ExpertTens
         ),
         ({"weight": np.zeros((24, 136), np.uint8)}, "layer 0, expert 0, gate: expected dtype float8_e4m3fn, got uint8"),
         ({"weight": np.zeros((136, 24), ml_dtypes.float8_e4m3fn).T}, "gate: expected a row-major array without gaps"),
-        ({"scale": np.zeros((2, 1), np.float32)}, r"gate scale: expected shape \(1, 2\), got \(2, 1\)"),
+        (
+            {"scale": np.zeros((2, 1), np.float32)},
+            r"gate scale: expected shape \(1, 2\) or \(24, 2\), got \(2, 1\)",
+        ),
+        (
+            {"scale": np.zeros((2, 24), np.float32).T},
+            "layer 0, expert 0, gate scale: expected a row-major array without gaps",
+        ),
         ({"scale": np.zeros((1, 2), np.float64)}, "gate scale: expected dtype float32, got float64"),
-        ({"scale": None}, "gate: expected 2 float32 scales for .24, 136. in codec fp8_block, got 0 bytes"),
+        ({"scale": None}, "layer 0, expert 0, gate: fp8_block needs scales, got None"),
         ({"layer": 2}, "layer: expected 0 <= layer < 2, got 2"),
         ({"expert": -1}, "expert: expected 0 <= expert < 2, got -1"),
         ({"expert": 1}, "layer 0, expert 1, gate: was added before"),
@@ -61,18 +76,124 @@ def test_sizes_must_be_positive(pool):
         ExpertStore([], shape=StoreShape(1, 1, 1, 0), codec="bf16", pool=pool)
 
 
-def test_weights_and_scales_may_lie_at_odd_addresses(pool):
-    experts, batch = Experts.random(SHAPE, "fp8_block"), Batch.random(SHAPE, 3, slots=2)
+def test_an_unknown_codec_is_named(pool):
+    with pytest.raises(ValueError, match="codec 'int3' is unknown: expected one of bf16, fp8_block"):
+        ExpertStore([], shape=SHAPE, codec="int3", pool=pool)
 
-    def shifted(array: np.ndarray) -> np.ndarray:
+
+@pytest.mark.parametrize("codec", [codec for codec, layout in FORMATS.items() if layout.cols_multiple > 1])
+def test_sizes_that_groups_do_not_divide_are_refused(pool, codec):
+    multiple = FORMATS[codec].cols_multiple
+    shape = StoreShape(num_layers=1, num_experts=1, hidden=256, ffn=24)
+    with pytest.raises(ValueError, match=f"{codec} needs columns that {multiple} divides, got 24"):
+        ExpertStore([], shape=shape, codec=codec, pool=pool)
+    needs_codec(codec)
+    nothing = np.zeros(0, np.uint8)
+    refused = pytest.raises(ValueError, match=f"down: codec {codec}: expected a multiple of {multiple} columns, got 24")
+    with native_store(pool, codec, shape) as native, refused:
+        native.add(0, 0, "down", nothing, nothing)
+
+
+@contextmanager
+def native_store(pool, codec, shape):
+    """Past the checks of the Python class."""
+    store = _native.ExpertStore(
+        pool.native,
+        codec,
+        num_layers=shape.num_layers,
+        num_experts=shape.num_experts,
+        hidden=shape.hidden,
+        ffn=shape.ffn,
+    )
+    yield store
+    store.close()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_truncated_bytes_are_refused(pool, codec):
+    needs_codec(codec)
+    shape = shape_for(codec, SHAPE)
+    (tensor, *_) = Experts.random(shape, codec).tensors
+    weight = tensor.weight.reshape(-1).view(np.uint8)
+    scale = None if tensor.scale is None else tensor.scale.reshape(-1).view(np.uint8)
+    options = {} if scale is None or tensor.scale.dtype == np.float32 else {"scale_dtype": tensor.scale.dtype.name}
+    with native_store(pool, codec, shape) as native:
+        for wrong in (weight[:-1], weight[:0], np.concatenate([weight, weight[:1]])):
+            with pytest.raises(ValueError, match=f"gate: expected {weight.size} bytes of weights .*got {wrong.size}"):
+                native.add(0, 0, "gate", wrong, scale, **options)
+        if scale is not None:
+            for wrong in (scale[:-1], scale[:0], np.concatenate([scale, scale[:1]])):
+                with pytest.raises(ValueError, match=f"gate: expected .* scales .*in codec {codec}, got {wrong.size} "):
+                    native.add(0, 0, "gate", weight, wrong, **options)
+        native.add(0, 0, "gate", weight, scale, **options)
+
+
+def test_scales_of_a_type_that_the_codec_does_not_have_are_refused(pool):
+    needs_codec("fp8_channel", "mxfp4")
+    with native_store(pool, "fp8_block", SHAPE) as native:
+        weight, scale = np.zeros(24 * 136, np.uint8), np.zeros(2 * 2, np.uint8)
+        with pytest.raises(ValueError, match="gate: codec fp8_block has no scales of type bfloat16"):
+            native.add(0, 0, "gate", weight, scale, scale_dtype="bfloat16")
+        with pytest.raises(ValueError, match="scale dtype 'float64' is unknown: expected float32, bfloat16 or uint8"):
+            native.add(0, 0, "gate", weight, scale, scale_dtype="float64")
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_weights_and_scales_may_lie_at_odd_addresses(pool, codec):
+    needs_codec(codec)
+    shape = shape_for(codec, SHAPE)
+    experts, batch = Experts.random(shape, codec), Batch.random(shape, 20, slots=2)
+
+    def shifted(array: np.ndarray | None) -> np.ndarray | None:
+        if array is None:
+            return None
         memory = np.empty(array.nbytes + 1, np.uint8)
         memory[1:] = array.reshape(-1).view(np.uint8)
         return memory[1:].view(array.dtype).reshape(array.shape)
 
     odd = [t._replace(weight=shifted(t.weight), scale=shifted(t.scale)) for t in experts.tensors]
-    with experts.store(pool) as aligned, ExpertStore(odd, shape=SHAPE, codec="fp8_block", pool=pool) as unaligned:
+    with experts.store(pool) as aligned, ExpertStore(odd, shape=shape, codec=codec, pool=pool) as unaligned:
         expected = moe_experts(*batch.operands, layer=1, store=aligned.id)
         np.testing.assert_array_equal(moe_experts(*batch.operands, layer=1, store=unaligned.id), expected)
+
+
+@pytest.mark.parametrize(("codec", "block", "scale_dtype"), LAYOUTS, ids=str)
+def test_every_layout_of_scales_is_read(pool, codec, block, scale_dtype):
+    needs_codec(codec)
+    shape = shape_for(codec, SHAPE)
+    rng = np.random.default_rng(0)
+    experts = Experts.random(shape, codec)
+    tensors = tuple(
+        ExpertTensor(
+            *tensor[:3],
+            *random_matrix(rng, shape.matrix(tensor.matrix), codec, block=block, scale_dtype=scale_dtype),
+        )
+        for tensor in experts.tensors
+    )
+    experts, batch = Experts(shape, codec, tensors), Batch.random(shape, 9, slots=2)
+    with experts.store(pool) as store:
+        assert_within(moe_experts(*batch.operands, layer=1, store=store.id), experts.exact(1, batch))
+
+
+def test_ten_thousand_stores_leave_nothing_behind(pool):
+    shape = StoreShape(num_layers=1, num_experts=1, hidden=8, ffn=8)
+    tensors = Experts.random(shape, "fp8_block").tensors
+
+    def cycle(times: int) -> None:
+        for _ in range(times):
+            ExpertStore(tensors, shape=shape, codec="fp8_block", pool=pool).close()
+
+    cycle(1000)  # what grows once has grown
+    before = resident_bytes()
+    cycle(10_000)
+    # A store with three matrices is some hundred bytes: of 10,000 that leak not a quarter would go unnoticed.
+    assert resident_bytes() - before < 2**20
+
+
+def resident_bytes() -> int:
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 def test_a_store_reads_mapped_files_and_keeps_them_mapped(pool, tmp_path):

@@ -1,4 +1,4 @@
-"""Fixtures: a pool for every instruction set that the kernels know."""
+"""Fixtures: a pool for every instruction set, and every format, that the kernels know."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 from hmoe_jax.kernels import _native
 from hmoe_jax.kernels.pool import ThreadPool, available_isas, resolve_num_threads
+from tests.kernels.codecs import CODECS, needs_codec
 
 
 @pytest.fixture(params=_native.all_isa_names())
@@ -23,6 +24,7 @@ def pool(isa: str) -> Iterator[ThreadPool]:
         yield pool
 
 
-@pytest.fixture(params=["bf16", "fp8_block"])
+@pytest.fixture(params=CODECS)
 def codec(request: pytest.FixtureRequest) -> str:
+    needs_codec(request.param)
     return request.param

@@ -1,29 +1,47 @@
-"""Random experts, in both forms: arrays for the oracle, a store for the kernels; and a bound on their difference."""
+"""Random experts, in both forms: arrays for the oracle, a store for the kernels; and the exact result of a call."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
-from hmoe_jax import quant
 from hmoe_jax.architectures.deepseek_v3_checkpoint import MATRICES
 from hmoe_jax.experts.store import ExpertStore, ExpertTensor, StoreShape
 from hmoe_jax.kernels.moe_experts_reference import ExpertArrays, ExpertMatrices
 from hmoe_jax.kernels.pool import ThreadPool
+from hmoe_jax.quant.formats import FORMATS, ScaleBlock
+from hmoe_jax.quant.quantize import quantize
+from tests.kernels.bounds import ExactMatrix, Within, roundings, silu_times, times_uncertain
 
-BF16_EPS = 2.0**-8
 # What JAX makes of a refusal by a handler: compiled programs and eager calls differ.
 XLA_ERRORS = (ValueError, jax.errors.JaxRuntimeError)
 
 
-def random_matrix(rng: np.random.Generator, shape: tuple[int, int], codec: str) -> tuple[np.ndarray, np.ndarray | None]:
+def random_matrix(
+    rng: np.random.Generator,
+    shape: tuple[int, int],
+    codec: str,
+    *,
+    block: ScaleBlock | None = None,
+    scale_dtype: np.dtype | None = None,
+) -> tuple[np.ndarray, np.ndarray | None]:
     """A matrix that keeps the size of what it multiplies, as (stored weight, scale)."""
     weight = (rng.standard_normal(shape) / np.sqrt(shape[1])).astype(np.float32)
-    return (weight.astype(ml_dtypes.bfloat16), None) if codec == "bf16" else quant.quantize(weight)
+    return quantize(codec, weight, block=block, scale_dtype=scale_dtype)
+
+
+def cols_for(codec: str, cols: int) -> int:
+    """The next number of columns that the format can hold."""
+    multiple = FORMATS[codec].cols_multiple
+    return -(-cols // multiple) * multiple
+
+
+def shape_for(codec: str, shape: StoreShape) -> StoreShape:
+    """The same with sizes that the format can hold."""
+    return replace(shape, hidden=cols_for(codec, shape.hidden), ffn=cols_for(codec, shape.ffn))
 
 
 @dataclass(frozen=True)
@@ -50,10 +68,28 @@ class Experts:
     def arrays(self, layer: int) -> ExpertArrays:
         def stack(matrix: str) -> ExpertMatrices:
             chosen = [t for t in self.tensors if t.layer == layer and t.matrix == matrix]
-            scale = None if self.codec == "bf16" else jnp.asarray(np.stack([t.scale for t in chosen]))
-            return ExpertMatrices(jnp.asarray(np.stack([t.weight for t in chosen])), scale)
+            scale = None if chosen[0].scale is None else jnp.asarray(np.stack([t.scale for t in chosen]))
+            return ExpertMatrices(jnp.asarray(np.stack([t.weight for t in chosen])), scale, codec=self.codec)
 
         return ExpertArrays(**{matrix: stack(matrix) for matrix in MATRICES})
+
+    def exact(self, layer: int, batch: Batch) -> Within:
+        """What `moe_experts` must return."""
+        hidden, gates = np.asarray(batch.hidden, np.float64), np.asarray(batch.weights, np.float64)
+        total = Within(np.zeros(hidden.shape), np.zeros(hidden.shape))
+        magnitude = np.zeros(hidden.shape)
+        for expert in range(self.shape.num_experts):
+            gate, up, down = (self._matrix(layer, expert, name) for name in MATRICES)
+            routed = times_uncertain(down, silu_times(gate.times(hidden), up.times(hidden)))
+            # Whether an expert's weights are added before or after it, each slot is one more addition.
+            weight = np.where(np.asarray(batch.ids) == expert, gates, 0).sum(axis=1)[:, None]
+            total = Within(total.value + weight * routed.value, total.error + weight * routed.error)
+            magnitude += weight * (np.abs(routed.value) + routed.error)
+        return Within(total.value, total.error + roundings(gates.shape[1]) * magnitude)
+
+    def _matrix(self, layer: int, expert: int, name: str) -> ExactMatrix:
+        (tensor,) = (t for t in self.tensors if (t.layer, t.expert, t.matrix) == (layer, expert, name))
+        return ExactMatrix.of(self.codec, tensor.weight, tensor.scale)
 
 
 @dataclass(frozen=True)
@@ -78,15 +114,3 @@ class Batch:
     @property
     def operands(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         return self.hidden, self.ids, self.weights
-
-
-def assert_close(actual: jax.Array, expected: jax.Array, *, bound: float) -> None:
-    """Every element within `bound` of the expected array's root mean square; a failure prints the worst."""
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape
-    if not expected.size:
-        return
-    error = np.abs(actual - expected)
-    worst = np.unravel_index(np.argmax(error), error.shape)
-    allowed = bound * max(np.sqrt(np.mean(expected**2)), np.finfo(np.float32).tiny)
-    assert error[worst] <= allowed, f"at {worst}: got {actual[worst]}, expected {expected[worst]} +- {allowed}"

@@ -18,9 +18,9 @@ sqrt(N) from 1.6 to 1.9.
 **BF16** (activations; sums are FP32 everywhere and add nothing visible). Stored in BF16 on the way through a layer
 are, in attention: normed input, q_a, its norm, q_b, rotated query, kv_a, its norm, rotated key part, expanded key,
 expanded value, probabilities, mixed values, sum with the residual (13; the absorbed form has as many); in the MLP:
-normed input, inner activation, sum with the residual (3). kv_b is stored rounded where the file is FP8 or FP32 (1),
-and an FP32 file rounds the other seven matrices on the way to a layer's output (7). Around the layers: embedding and
-final norm (2).
+normed input, inner activation, sum with the residual (3). kv_b is stored rounded where the file is FP32 or
+quantised (1), and an FP32 file rounds the other seven matrices on the way to a layer's output (7). Around the layers:
+embedding and final norm (2).
 
 **FP32.** A sum of n products in sequence has partial sums that grow like sqrt(i); their roundings add up to 2^-25
 sqrt(n / 2) of the result. Blocked sums have less. Both sides round, in different order: 2^-25 sqrt(n). A layer has at
@@ -83,5 +83,5 @@ def _gain(config: ModelConfig) -> float:
 
 def _bf16_roundings(config: ModelConfig) -> int:
     rounds_matrices = 7 if config.dtype == "float32" else 0
-    rounds_kv_b = 1 if config.fp8 or config.dtype == "float32" else 0
+    rounds_kv_b = 1 if config.quantization is not None or config.dtype == "float32" else 0
     return config.num_layers * (13 + 3 + rounds_kv_b + rounds_matrices) + 2

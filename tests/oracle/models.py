@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from hmoe_jax import quant
 from hmoe_jax.checkpoint.index import open_checkpoint
 from hmoe_jax.config import ModelConfig, parse_config
+from hmoe_jax.quant.dequantize import dequantize
 from hmoe_jax.tokenizer import Tokenizer
 from tests.tiny import CONFIGS, random_ids, write_tiny
 
@@ -62,8 +62,9 @@ def _expand(folder: Path) -> Path:
             if name.endswith(SCALE_SUFFIX):
                 continue
             tensors[name] = checkpoint.array(name)
-            if quant.is_fp8(tensors[name]):
-                wide = quant.dequantize(tensors[name], checkpoint.array(name + SCALE_SUFFIX), np.float32)
+            if name + SCALE_SUFFIX in checkpoint.entries:
+                scale = checkpoint.array(name + SCALE_SUFFIX)
+                wide = dequantize("fp8_block", tensors[name], scale, np.float32)
                 tensors[name] = np.asarray(wide).astype(ml_dtypes.bfloat16)
         save_file(tensors, folder / "model.safetensors")
     return folder

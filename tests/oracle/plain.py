@@ -8,6 +8,7 @@ the independent implementation).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hmoe_jax import quant
 from hmoe_jax.architectures import deepseek_v3
 from hmoe_jax.architectures.deepseek_v3 import Moe, Tokens, Weights
 from hmoe_jax.architectures.deepseek_v3_checkpoint import (
@@ -28,8 +28,10 @@ from hmoe_jax.architectures.deepseek_v3_checkpoint import (
 from hmoe_jax.checkpoint.index import Checkpoint, open_checkpoint
 from hmoe_jax.checkpoint.specs import TensorSpec, check_tensors
 from hmoe_jax.config import ModelConfig, read_config
+from hmoe_jax.exec.load import read_matrix
 from hmoe_jax.nn.attention import Queries, UpProjections
 from hmoe_jax.nn.linear import Projection
+from hmoe_jax.quant.dequantize import dequantize
 from tests.oracle.routing import Routing
 
 Stacks = dict[str, jax.Array]
@@ -43,7 +45,7 @@ class Plain:
         self.config, self._max_tokens = read_config(folder), max_tokens
         with open_checkpoint(folder) as checkpoint:
             check_tensors(checkpoint, expected_tensors(self.config), ignore=is_ignored(self.config))
-            loaded = jax.tree.map(partial(_leaf, checkpoint, dtype), describe(self.config))
+            loaded = jax.tree.map(partial(_leaf, checkpoint, dtype), describe(self.config), is_leaf=_is_projection)
             self._experts = _experts(self.config, checkpoint, dtype)
         self._weights = deepseek_v3.prepare(self.config, loaded, dtype=dtype)
         # Runs once or twice per compilation, so the compiler's care would cost more time than it saves.
@@ -118,19 +120,23 @@ def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-def _leaf(checkpoint: Checkpoint, dtype: jnp.dtype, spec: TensorSpec) -> jax.Array:
-    array = jnp.asarray(checkpoint.array(spec.name))
-    if quant.is_fp8(array) or spec.name.endswith("_scale_inv"):
-        return array
-    return array.astype(jnp.float32 if ".mlp.gate." in spec.name else dtype)
+def _is_projection(node: object) -> bool:
+    return isinstance(node, Projection)
+
+
+def _leaf(checkpoint: Checkpoint, dtype: jnp.dtype, spec: TensorSpec | Projection) -> jax.Array | Projection:
+    if isinstance(spec, TensorSpec):
+        return jnp.asarray(checkpoint.array(spec.name)).astype(jnp.float32 if ".mlp.gate." in spec.name else dtype)
+    weight, scale = jax.tree.map(jnp.asarray, read_matrix(checkpoint, spec))
+    return replace(spec, weight=weight.astype(dtype) if scale is None else weight, scale=scale)
 
 
 def _experts(config: ModelConfig, checkpoint: Checkpoint, dtype: jnp.dtype) -> list[Stacks]:
-    """One for each MoE layer. FP8 matrices are expanded in FP32, as `linear` does."""
+    """One for each MoE layer. Quantised matrices are expanded in FP32, as `linear` does."""
 
     def matrix(projection: Projection) -> jax.Array:
-        loaded = jax.tree.map(partial(_leaf, checkpoint, dtype), projection)
-        return loaded.weight if loaded.scale is None else quant.dequantize(loaded.weight, loaded.scale, jnp.float32)
+        loaded = _leaf(checkpoint, dtype, projection)
+        return dequantize(loaded.codec, loaded.weight, loaded.scale, dtype if loaded.scale is None else jnp.float32)
 
     stacks: list[dict[str, list[jax.Array]]] = [{m: [] for m in MATRICES} for _ in range(config.num_moe_layers)]
     for spec in describe_experts(config):
