@@ -52,18 +52,21 @@ template <typename T>
 using PyMatrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 // For benchmarks: layer 0 of the store by the loop that the kernels are measured against.
-void RunNaiveExperts(PyExpertStore& store, const PyMatrix<const float>& hidden, const PyMatrix<const int32_t>& ids,
-                     const PyMatrix<const float>& weights, const PyMatrix<float>& out) {
+void RunNaiveExperts(PyExpertStore& store, const PyMatrix<const float>& hidden,
+                     const PyMatrix<const int32_t>& ids, const PyMatrix<const float>& weights,
+                     const PyMatrix<float>& out) {
   const size_t tokens = hidden.shape(0), width = static_cast<size_t>(store.store().shape().hidden);
   const auto expect = [](const char* name, const auto& array, size_t rows, size_t cols) {
     if (array.shape(0) == rows && array.shape(1) == cols) return;
-    Check(Fail(name, ": expected shape [", rows, ", ", cols, "], got [", array.shape(0), ", ", array.shape(1), "]"));
+    Check(Fail(name, ": expected shape [", rows, ", ", cols, "], got [", array.shape(0), ", ", array.shape(1),
+               "]"));
   };
   expect("hidden", hidden, tokens, width);
   expect("ids", ids, tokens, ids.shape(1));
   expect("weights", weights, tokens, ids.shape(1));
   expect("out", out, tokens, width);
-  const Routing routing{ids.data(), weights.data(), static_cast<int64_t>(tokens), static_cast<int64_t>(ids.shape(1))};
+  const Routing routing{ids.data(), weights.data(), static_cast<int64_t>(tokens),
+                        static_cast<int64_t>(ids.shape(1))};
   const nb::gil_scoped_release unlocked;
   Check(NaiveExperts(store.store(), 0, hidden.data(), routing, out.data()));
 }

@@ -7,8 +7,8 @@
 namespace hmoe {
 namespace {
 
-// A task of 1000 rounds is 5 to 25 us, so that the threads finish together; a pass of 200 of them per thread outlasts
-// what a processor needs to settle on a clock for wide vectors.
+// A task of 1000 rounds is 5 to 25 us, so that the threads finish together; a pass of 200 of them per thread
+// outlasts what a processor needs to settle on a clock for wide vectors.
 constexpr int64_t kRounds = 1000;
 constexpr int64_t kTasksPerThread = 200;
 constexpr int kPasses = 8;

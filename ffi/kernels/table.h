@@ -35,8 +35,8 @@ struct IsaKernels {
   // out.
   uint64_t (*read)(const uint8_t* memory, int64_t bytes);
 
-  // Multiplies and adds with the dot instruction as fast as registers go; returns how many pairs. `sink` only keeps
-  // the compiler from leaving it out.
+  // Multiplies and adds with the dot instruction as fast as registers go; returns how many pairs. `sink` only
+  // keeps the compiler from leaving it out.
   int64_t (*multiply_adds)(int64_t rounds, float* sink);
 };
 

@@ -1,8 +1,9 @@
-// How many multiply-adds one core can do per second: each ISA's own dot instruction, fed from registers alone.
+// How many multiply-adds one core can do per second: each ISA's own dot instruction, fed from registers
+// alone.
 //
-// Included by the per-ISA files; which of the loops below exist follows from their compiler flags. `Dot` names an
-// instruction: one Step multiplies and adds kProducts pairs. kChains independent sums hide its latency. Every
-// operand is finite and no sum becomes subnormal, which some processors would be slow at.
+// Included by the per-ISA files; which of the loops below exist follows from their compiler flags. `Dot`
+// names an instruction: one Step multiplies and adds kProducts pairs. kChains independent sums hide its
+// latency. Every operand is finite and no sum becomes subnormal, which some processors would be slow at.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +15,8 @@
 namespace hmoe {
 namespace {
 
-// Does `rounds` rounds of kChains steps and returns the number of multiply-adds in them. What lands in `sink` only
-// keeps the compiler from leaving them out.
+// Does `rounds` rounds of kChains steps and returns the number of multiply-adds in them. What lands in `sink`
+// only keeps the compiler from leaving them out.
 template <typename Dot>
 int64_t MultiplyAdds(int64_t rounds, float* sink) {
   typename Dot::Sum sums[Dot::kChains];
@@ -32,8 +33,8 @@ int64_t MultiplyAdds(int64_t rounds, float* sink) {
   return rounds * Dot::kChains * Dot::kProducts;
 }
 
-// A multiplication and an addition in the vectors that every processor of the platform has. Both depend on the sum:
-// a product that does not would be moved out of the loop.
+// A multiplication and an addition in the vectors that every processor of the platform has. Both depend on
+// the sum: a product that does not would be moved out of the loop.
 struct DotPlain {
   typedef float Sum __attribute__((vector_size(16)));
   static constexpr int kChains = 12, kProducts = 4;
@@ -76,8 +77,9 @@ struct DotBf16 {
 #endif
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__)
-// Tiles are no values to C++, so this is a function and not a `Dot`. A step multiplies 16 x 32 by 32 x 16; the four
-// sums each have a tile, as a kernel of 2 x 2 tiles has. The process must have been given the tile registers.
+// Tiles are no values to C++, so this is a function and not a `Dot`. A step multiplies 16 x 32 by 32 x 16;
+// the four sums each have a tile, as a kernel of 2 x 2 tiles has. The process must have been given the tile
+// registers.
 inline int64_t MultiplyAddsOfTiles(int64_t rounds, float* sink) {
   constexpr int kSums = 4, kProducts = 16 * 16 * 32;
   struct alignas(64) {
