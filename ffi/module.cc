@@ -52,78 +52,79 @@ std::vector<std::string> CodecNames() {
   std::vector<std::string> names;
   for (const Codec& codec : AllCodecs()) names.emplace_back(codec.name);
   return names;
-  template <typename T>
-  using PyMatrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+}
 
-  // For benchmarks: layer 0 of the store by the loop that the kernels are measured against.
-  void RunNaiveExperts(PyExpertStore & store, const PyMatrix<const float>& hidden,
-                       const PyMatrix<const int32_t>& ids, const PyMatrix<const float>& weights,
-                       const PyMatrix<float>& out) {
-    const size_t tokens = hidden.shape(0), width = static_cast<size_t>(store.store().shape().hidden);
-    const auto expect = [](const char* name, const auto& array, size_t rows, size_t cols) {
-      if (array.shape(0) == rows && array.shape(1) == cols) return;
-      Check(Fail(name, ": expected shape [", rows, ", ", cols, "], got [", array.shape(0), ", ",
-                 array.shape(1), "]"));
-    };
-    expect("hidden", hidden, tokens, width);
-    expect("ids", ids, tokens, ids.shape(1));
-    expect("weights", weights, tokens, ids.shape(1));
-    expect("out", out, tokens, width);
-    const Routing routing{ids.data(), weights.data(), static_cast<int64_t>(tokens),
-                          static_cast<int64_t>(ids.shape(1))};
-    const nb::gil_scoped_release unlocked;
-    Check(NaiveExperts(store.store(), 0, hidden.data(), routing, out.data()));
-  }
+template <typename T>
+using PyMatrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
-  nb::dict Stats(PyExpertStore & self) {
-    const StoreStats stats = self.store().stats();
-    nb::dict result;
-    result["calls"] = stats.calls;
-    result["bytes"] = stats.bytes;
-    result["seconds"] = stats.seconds;
-    return result;
-  }
+// For benchmarks: layer 0 of the store by the loop that the kernels are measured against.
+void RunNaiveExperts(PyExpertStore& store, const PyMatrix<const float>& hidden,
+                     const PyMatrix<const int32_t>& ids, const PyMatrix<const float>& weights,
+                     const PyMatrix<float>& out) {
+  const size_t tokens = hidden.shape(0), width = static_cast<size_t>(store.store().shape().hidden);
+  const auto expect = [](const char* name, const auto& array, size_t rows, size_t cols) {
+    if (array.shape(0) == rows && array.shape(1) == cols) return;
+    Check(Fail(name, ": expected shape [", rows, ", ", cols, "], got [", array.shape(0), ", ", array.shape(1),
+               "]"));
+  };
+  expect("hidden", hidden, tokens, width);
+  expect("ids", ids, tokens, ids.shape(1));
+  expect("weights", weights, tokens, ids.shape(1));
+  expect("out", out, tokens, width);
+  const Routing routing{ids.data(), weights.data(), static_cast<int64_t>(tokens),
+                        static_cast<int64_t>(ids.shape(1))};
+  const nb::gil_scoped_release unlocked;
+  Check(NaiveExperts(store.store(), 0, hidden.data(), routing, out.data()));
+}
 
-  // `asked` is null for "auto".
-  int NumThreads(std::optional<int> asked, std::string_view topology) {
-    return Check(ResolveNumThreads(Check(FindTopology(topology)), asked));
-  }
+nb::dict Stats(PyExpertStore& self) {
+  const StoreStats stats = self.store().stats();
+  nb::dict result;
+  result["calls"] = stats.calls;
+  result["bytes"] = stats.bytes;
+  result["seconds"] = stats.seconds;
+  return result;
+}
 
-  void BindThreadPool(nb::module_ & m) {
-    m.def("resolve_num_threads", &NumThreads, "asked"_a.none(), "topology"_a);
-    nb::class_<PyThreadPool>(m, "ThreadPool")
-        .def(nb::init<int, std::string_view, std::string_view>(), "num_threads"_a, "isa"_a, "topology"_a)
-        .def_prop_ro("id", &PyThreadPool::id)
-        .def_prop_ro("isa", [](const PyThreadPool& self) { return self.compute()->isa.name; })
-        .def_prop_ro("num_threads",
-                     [](const PyThreadPool& self) { return self.compute()->pool->num_threads(); })
-        .def_prop_ro("num_nodes", [](const PyThreadPool& self) { return self.compute()->pool->num_nodes(); })
-        .def("close", &PyThreadPool::Close);
-  }
+// `asked` is null for "auto".
+int NumThreads(std::optional<int> asked, std::string_view topology) {
+  return Check(ResolveNumThreads(Check(FindTopology(topology)), asked));
+}
 
-  void BindExpertStore(nb::module_ & m) {
-    const auto init = [](PyExpertStore* self, const PyThreadPool& pool, std::string_view codec,
-                         int64_t num_layers, int64_t num_experts, int64_t hidden, int64_t ffn,
-                         std::string_view residency) {
-      new (self) PyExpertStore(pool, codec, {num_layers, num_experts, hidden, ffn}, residency);
-    };
-    nb::class_<PyExpertStore>(m, "ExpertStore")
-        .def("__init__", init, "pool"_a, "codec"_a, nb::kw_only(), "num_layers"_a, "num_experts"_a,
-             "hidden"_a, "ffn"_a, "residency"_a)
-        .def("add", &PyExpertStore::Add, "layer"_a, "expert"_a, "matrix"_a, "weights"_a.noconvert(),
-             "scales"_a.noconvert().none(), "scale_dtype"_a = "float32")
-        .def("freeze", &PyExpertStore::Freeze)
-        .def("close", &PyExpertStore::Close)
-        .def_prop_ro("id", &PyExpertStore::id)
-        .def_prop_ro("residency",
-                     [](PyExpertStore& self) {
-                       return self.store().residency() == Residency::kArena ? "arena" : "mmap";
-                     })
-        .def_prop_ro("placement_refusal",
-                     [](PyExpertStore& self) { return self.store().placement_refusal(); })
-        .def("stats", &Stats)
-        .def("reset_stats", [](PyExpertStore& self) { self.store().ResetStats(); });
-  }
+void BindThreadPool(nb::module_& m) {
+  m.def("resolve_num_threads", &NumThreads, "asked"_a.none(), "topology"_a);
+  nb::class_<PyThreadPool>(m, "ThreadPool")
+      .def(nb::init<int, std::string_view, std::string_view>(), "num_threads"_a, "isa"_a, "topology"_a)
+      .def_prop_ro("id", &PyThreadPool::id)
+      .def_prop_ro("isa", [](const PyThreadPool& self) { return self.compute()->isa.name; })
+      .def_prop_ro("num_threads",
+                   [](const PyThreadPool& self) { return self.compute()->pool->num_threads(); })
+      .def_prop_ro("num_nodes", [](const PyThreadPool& self) { return self.compute()->pool->num_nodes(); })
+      .def("close", &PyThreadPool::Close);
+}
+
+void BindExpertStore(nb::module_& m) {
+  const auto init = [](PyExpertStore* self, const PyThreadPool& pool, std::string_view codec,
+                       int64_t num_layers, int64_t num_experts, int64_t hidden, int64_t ffn,
+                       std::string_view residency) {
+    new (self) PyExpertStore(pool, codec, {num_layers, num_experts, hidden, ffn}, residency);
+  };
+  nb::class_<PyExpertStore>(m, "ExpertStore")
+      .def("__init__", init, "pool"_a, "codec"_a, nb::kw_only(), "num_layers"_a, "num_experts"_a, "hidden"_a,
+           "ffn"_a, "residency"_a)
+      .def("add", &PyExpertStore::Add, "layer"_a, "expert"_a, "matrix"_a, "weights"_a.noconvert(),
+           "scales"_a.noconvert().none(), "scale_dtype"_a = "float32")
+      .def("freeze", &PyExpertStore::Freeze)
+      .def("close", &PyExpertStore::Close)
+      .def_prop_ro("id", &PyExpertStore::id)
+      .def_prop_ro("residency",
+                   [](PyExpertStore& self) {
+                     return self.store().residency() == Residency::kArena ? "arena" : "mmap";
+                   })
+      .def_prop_ro("placement_refusal", [](PyExpertStore& self) { return self.store().placement_refusal(); })
+      .def("stats", &Stats)
+      .def("reset_stats", [](PyExpertStore& self) { self.store().ResetStats(); });
+}
 
 }  // namespace
 }  // namespace hmoe

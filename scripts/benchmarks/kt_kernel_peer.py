@@ -36,7 +36,7 @@ def can_run(format_name: str) -> bool:
 
 
 class KtKernel:
-    """One format and number of threads, in a child process. Raises `RuntimeError` when the child ends early."""
+    """One format and number of threads, in a child process. Raises `ChildProcessError` when the child ends early."""
 
     by = NAME
 
@@ -66,4 +66,5 @@ class KtKernel:
             return self._pipe.recv()
         except EOFError:
             self._child.join()
-            raise RuntimeError(f"{NAME} ended with status {self._child.exitcode}; see above what it said") from None
+            status = self._child.exitcode
+            raise ChildProcessError(f"{NAME} ended with status {status}; see above what it said") from None

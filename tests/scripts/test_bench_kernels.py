@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from benchmarks import kt_kernel_peer
+from benchmarks.cases import Layer
 
+from hmoe_jax.experts.store import StoreShape
 from hmoe_jax.kernels.pool import available_isas
 from tests.scripts.run import finish
 
@@ -126,6 +128,12 @@ def test_a_peer_that_is_missing_or_of_another_version_names_the_command(monkeypa
     with pytest.raises(ValueError, match=r"expected version 0\.7\.\*, got 0\.8\.1") as other:
         kt_kernel_peer.check_installed()
     assert command in str(other.value)
+
+
+def test_a_peer_that_dies_is_an_error_and_no_hang() -> None:
+    layer = Layer(StoreShape(num_layers=1, num_experts=2, hidden=128, ffn=128), 1, "same")
+    with pytest.raises(ChildProcessError, match="kt-kernel ended with status 1; see above what it said"):
+        kt_kernel_peer.KtKernel("no such format", layer, threads=1)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("kt_kernel") is None, reason="kt-kernel is not installed")
