@@ -15,11 +15,12 @@ namespace {
 // Positions whose scores are in memory at once: 590 KB of latents and as much in panels, in a 2 MB L2.
 constexpr int64_t kChunk = 512;
 
-// Chunks of a sequence are spread over so many tasks at most, so that their results (heads x rank floats each, 256 KB
-// for DeepSeek-V3) do not outgrow the cache they are made from.
+// Chunks of a sequence are spread over so many tasks at most, so that their results (heads x rank floats
+// each, 256 KB for DeepSeek-V3) do not outgrow the cache they are made from.
 constexpr int64_t kMaxParts = 16;
 
-// Columns of scores that are multiplied together: two panels, as many as the tiles of AMX hold beside 32 rows.
+// Columns of scores that are multiplied together: two panels, as many as the tiles of AMX hold beside 32
+// rows.
 constexpr int64_t kHeadPanels = 2;
 constexpr int64_t kHeadBlock = kHeadPanels * kPanel;
 
@@ -32,16 +33,16 @@ struct Part {
 
 // Memory of one thread.
 struct Workspace {
-  uint16_t* rows;    // latents of a chunk, or queries of a head
-  uint16_t* panels;  // the same latents, or a head's key
-  uint16_t* p;       // [kHeadBlock, kChunk]
-  float* scores;     // [kHeadPanels, kChunk, kPanel]
-  float* mixed;      // [kHeadBlock, rank]
+  uint16_t* rows;   // latents of a chunk, or queries of a head
+  uint16_t* tiles;  // the same latents, or a head's key
+  uint16_t* p;      // [kHeadBlock, kChunk]
+  float* scores;    // [kHeadPanels, kChunk, kPanel]
+  float* mixed;     // [kHeadBlock, rank]
 };
 
-// One call, in phases with a barrier after each: queries into the space of latents, head by head, and from rows to
-// panels; softmax and mixture, part by part; the parts of a sequence together and out of the space of latents, head
-// by head.
+// One call, in phases with a barrier after each: queries into the space of latents, head by head, and from
+// rows to tiles; softmax and mixture, part by part; the parts of a sequence together and out of the space of
+// latents, head by head.
 class Call {
  public:
   Call(const MlaKernels& kernels, const MlaAttentionArgs& args, ThreadPool::Session& session);
@@ -52,7 +53,7 @@ class Call {
   void ForEach(int64_t count, F&& work);
 
   void Absorb(int64_t head, const Workspace& space);
-  void PackQueries(int64_t panel);
+  void PackQueries(int64_t token, int64_t head);
   void Attend(int64_t index, const Workspace& space);
   void Gather(const Part& chunk, int64_t depth, const Workspace& space) const;
   void AttendHeads(int64_t index, int64_t head, int64_t count, int64_t depth, bool is_first,
@@ -64,12 +65,13 @@ class Call {
   const MlaKernels& kernels_;
   const MlaAttentionArgs& args_;
   ThreadPool::Session& session_;
-  const int64_t rank_, width_, nope_, heads_, tokens_;  // padded, but for the width's own parts
-  std::vector<Part> parts_;                              // those of a token follow each other
-  std::vector<int64_t> first_part_;                      // of each token, and the end
+  const int64_t rank_, width_, nope_, heads_, tokens_;  // padded
+  const int64_t rank_panels_;
+  std::vector<Part> parts_;          // those of a token follow each other
+  std::vector<int64_t> first_part_;  // of each token, and the end
   std::vector<Workspace> spaces_;
-  uint16_t* absorbed_;  // [tokens, heads, width]
-  uint16_t* queries_;   // [tokens, heads / kPanel, width / 2, kPanel, 2]
+  uint16_t* absorbed_;    // [tokens, heads, width]
+  uint16_t* queries_;     // [tokens], tiles of [width, heads]
   float *best_, *total_;  // [parts, heads]
   float* mixed_;          // [parts, heads, rank]
 };
@@ -82,7 +84,8 @@ Call::Call(const MlaKernels& kernels, const MlaAttentionArgs& args, ThreadPool::
       width_(RoundUp(args.rank + args.rope_dim, kDepth)),
       nope_(RoundUp(args.nope_dim, kDepth)),
       heads_(RoundUp(args.heads, kHeadBlock)),
-      tokens_(RoundUp(args.tokens, kPanel)) {
+      tokens_(RoundUp(args.tokens, kPanel)),
+      rank_panels_(CeilDiv(args.rank, kPanel)) {
   for (int64_t t = 0; t < args.tokens; ++t) {
     first_part_.push_back(std::ssize(parts_));
     const int64_t length = args.positions[t] + 1;
@@ -112,7 +115,9 @@ Call::Call(const MlaKernels& kernels, const MlaAttentionArgs& args, ThreadPool::
 
 void Call::Run() {
   ForEach(heads_, [this](int64_t head, const Workspace& space) { Absorb(head, space); });
-  session_.Run(args_.tokens * heads_ / kPanel, [this](int64_t panel) noexcept { PackQueries(panel); });
+  const int64_t panels = heads_ / kPanel;
+  session_.Run(args_.tokens * panels,
+               [&](int64_t task) noexcept { PackQueries(task / panels, task % panels * kPanel); });
   ForEach(std::ssize(parts_), [this](int64_t part, const Workspace& space) { Attend(part, space); });
   ForEach(args_.heads, [this](int64_t head, const Workspace& space) { Expand(head, space); });
 }
@@ -139,9 +144,9 @@ void Call::Absorb(int64_t head, const Workspace& space) {
     std::copy_n(query, args_.nope_dim, space.rows + t * nope_);
   }
   const uint16_t* key = args_.key + head * args_.nope_dim * args_.rank;
-  kernels_.interleave(key, args_.rank, args_.nope_dim, args_.rank, nope_, space.panels);
-  kernels_.product(space.rows, nope_, rows, space.panels, CeilDiv(args_.rank, kPanel), nope_, space.mixed, rank_,
-                   kPanel);
+  kernels_.interleave(key, args_.rank, args_.nope_dim, args_.rank, nope_, space.tiles);
+  kernels_.product(space.rows, nope_, rows, space.tiles, rank_panels_ * kTile, rank_panels_, nope_,
+                   space.mixed, rank_, kPanel);
   for (int64_t t = 0; t < args_.tokens; ++t) {
     uint16_t* query = absorbed_ + (t * heads_ + head) * width_;
     for (int64_t r = 0; r < args_.rank; ++r) query[r] = Bf16FromFloat(space.mixed[t * rank_ + r]);
@@ -149,13 +154,15 @@ void Call::Absorb(int64_t head, const Workspace& space) {
   }
 }
 
-// A phase of its own: neighbouring heads share the cache lines of a panel.
-void Call::PackQueries(int64_t panel) {
-  const uint16_t* rows = absorbed_ + panel * kPanel * width_;
-  uint16_t* pairs = queries_ + panel * kPanel * width_;
-  for (int64_t column = 0; column < width_; column += 2) {
-    for (int64_t head = 0; head < kPanel; ++head, pairs += 2)
-      std::memcpy(pairs, rows + head * width_ + column, 2 * sizeof *pairs);
+// A phase of its own: neighbouring heads share the cache lines of a tile.
+void Call::PackQueries(int64_t token, int64_t head) {
+  const uint16_t* rows = absorbed_ + (token * heads_ + head) * width_;
+  uint16_t* tile = queries_ + token * heads_ * width_ + head * kDepth;
+  for (int64_t column = 0; column < width_; column += kDepth, tile += heads_ * kDepth) {
+    for (int64_t k = 0; k < kDepth; k += 2) {
+      for (int64_t i = 0; i < kPanel; ++i)
+        std::memcpy(tile + (k * kPanel + 2 * i), rows + i * width_ + column + k, 2 * sizeof *tile);
+    }
   }
 }
 
@@ -170,8 +177,8 @@ void Call::Attend(int64_t index, const Workspace& space) {
   }
 }
 
-// The chunk's latents as rows and, without the rotated part, as panels. Behind the last visible position there are
-// zeros: an earlier sequence may have left NaN in a page, which a weight of 0 does not stop.
+// The chunk's latents as rows and, without the rotated part, as panels. Behind the last visible position
+// there are zeros: an earlier sequence may have left NaN in a page, which a weight of 0 does not stop.
 void Call::Gather(const Part& chunk, int64_t depth, const Workspace& space) const {
   const int64_t width = args_.rank + args_.rope_dim, count = chunk.end - chunk.begin;
   const int32_t* table = args_.tables + chunk.token * args_.table_len;
@@ -190,14 +197,15 @@ void Call::Gather(const Part& chunk, int64_t depth, const Workspace& space) cons
     i += run;
   }
   std::fill(space.rows + count * width_, space.rows + depth * width_, uint16_t{0});
-  kernels_.interleave(space.rows, width_, count, args_.rank, depth, space.panels);
+  kernels_.interleave(space.rows, width_, count, args_.rank, depth, space.tiles);
 }
 
 void Call::AttendHeads(int64_t index, int64_t head, int64_t count, int64_t depth, bool is_first,
                        const Workspace& space) {
   const int64_t token = parts_[static_cast<size_t>(index)].token;
-  kernels_.product(space.rows, width_, depth, queries_ + (token * heads_ + head) * width_, kHeadPanels, width_,
-                   space.scores, kPanel, kChunk * kPanel);
+  const uint16_t* queries = queries_ + token * heads_ * width_ + head * kDepth;
+  kernels_.product(space.rows, width_, depth, queries, heads_ * kDepth, kHeadPanels, width_, space.scores,
+                   kPanel, kChunk * kPanel);
   float best[kHeadBlock], total[kHeadBlock];
   for (int64_t panel = 0; panel < kHeadPanels; ++panel) {
     kernels_.softmax(space.scores + panel * kChunk * kPanel, count, args_.scale, best + panel * kPanel,
@@ -205,8 +213,8 @@ void Call::AttendHeads(int64_t index, int64_t head, int64_t count, int64_t depth
   }
   const int64_t sums = index * heads_ + head;
   float* const mixed = is_first ? mixed_ + sums * rank_ : space.mixed;
-  kernels_.product(space.p, kChunk, kHeadBlock, space.panels, CeilDiv(args_.rank, kPanel), depth, mixed, rank_,
-                   kPanel);
+  kernels_.product(space.p, kChunk, kHeadBlock, space.tiles, rank_panels_ * kTile, rank_panels_, depth, mixed,
+                   rank_, kPanel);
   if (is_first) {
     std::copy_n(best, kHeadBlock, best_ + sums);
     std::copy_n(total, kHeadBlock, total_ + sums);
@@ -239,7 +247,8 @@ void Call::Expand(int64_t head, const Workspace& space) {
                     args_.value_dim);
   for (int64_t t = 0; t < args_.tokens; ++t) {
     uint16_t* out = args_.out + (t * args_.heads + head) * args_.value_dim;
-    for (int64_t v = 0; v < args_.value_dim; ++v) out[v] = Bf16FromFloat(space.scores[t * args_.value_dim + v]);
+    for (int64_t v = 0; v < args_.value_dim; ++v)
+      out[v] = Bf16FromFloat(space.scores[t * args_.value_dim + v]);
   }
 }
 
@@ -254,7 +263,8 @@ void Call::CombineParts(int64_t token, int64_t head, float* mixed) const {
     total += total_[place(i)] * shares[i];
   }
   for (int64_t i = 0; i < count; ++i) shares[i] /= total;
-  kernels_.combine(mixed_ + place(0) * rank_, heads_ * rank_, shares, count, RoundUp(args_.rank, kPanel), mixed);
+  kernels_.combine(mixed_ + place(0) * rank_, heads_ * rank_, shares, count, RoundUp(args_.rank, kPanel),
+                   mixed);
 }
 
 Status CheckPages(const MlaAttentionArgs& args) {

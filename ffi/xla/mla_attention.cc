@@ -32,7 +32,8 @@ Status ReadSizes(const Operands& given, MlaAttentionArgs& args) {
   if (Status s = CheckArgument("cache", given.cache, {ffi::U16}, {kAnySize, kAnySize, width}); !s.ok())
     return s;
   args.num_pages = given.cache.dimensions()[0], args.page_size = given.cache.dimensions()[1];
-  if (Status s = CheckArgument("tables", given.tables, {ffi::S32}, {args.tokens, kAnySize}); !s.ok()) return s;
+  if (Status s = CheckArgument("tables", given.tables, {ffi::S32}, {args.tokens, kAnySize}); !s.ok())
+    return s;
   args.table_len = given.tables.dimensions()[1];
   if (Status s = CheckArgument("positions", given.positions, {ffi::S32}, {args.tokens}); !s.ok()) return s;
   return CheckArgument("result", given.out, {ffi::BF16}, {args.tokens, args.heads, args.value_dim});

@@ -22,6 +22,7 @@ from hmoe_jax.architectures.deepseek_v3_checkpoint import (
 from hmoe_jax.checkpoint.index import Checkpoint
 from hmoe_jax.checkpoint.specs import TensorSpec, check_scales, check_tensors
 from hmoe_jax.config import ModelConfig
+from hmoe_jax.nn.attention import UpProjections
 from hmoe_jax.nn.linear import Projection
 
 logger = logging.getLogger(__name__)
@@ -93,9 +94,7 @@ def _cast(weights: Weights, dtype: DTypeLike) -> Weights:
 
 
 def _set_pool(weights: Weights, pool: int | None) -> Weights:
-    def is_projection(node: object) -> bool:
-        return isinstance(node, Projection)
+    def has_pool(node: object) -> bool:
+        return isinstance(node, Projection | UpProjections)
 
-    return jax.tree.map(
-        lambda node: replace(node, pool=pool) if is_projection(node) else node, weights, is_leaf=is_projection
-    )
+    return jax.tree.map(lambda node: replace(node, pool=pool) if has_pool(node) else node, weights, is_leaf=has_pool)

@@ -48,9 +48,7 @@ struct Avx512 {
 
  private:
   static __m512 Even(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
-  static __m512 Odd(__m512i pairs) {
-    return _mm512_castsi512_ps(_mm512_maskz_mov_epi16(0xaaaaaaaa, pairs));
-  }
+  static __m512 Odd(__m512i pairs) { return _mm512_castsi512_ps(_mm512_maskz_mov_epi16(0xaaaaaaaa, pairs)); }
   static __m512i Widen(const uint16_t* from) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   }

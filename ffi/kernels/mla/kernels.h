@@ -12,16 +12,24 @@
 namespace hmoe {
 namespace {
 
+// How far ahead of the walk over a matrix, in bytes: as in projection.h.
+constexpr int64_t kAhead = 4096;
+
 template <typename V>
 void Interleave(const uint16_t* rows, int64_t stride, int64_t count, int64_t cols, int64_t depth,
-                uint16_t* panels) {
-  const int64_t whole = cols / kPanel * kPanel;
+                uint16_t* tiles) {
+  const int64_t whole = cols / kPanel * kPanel, tile_row = (cols + kPanel - 1) / kPanel * kTile;
+  const uint16_t zeros[kPanel] = {};
   for (int64_t k = 0; k < depth; k += 2) {
-    const uint16_t zeros[kPanel] = {};
     const uint16_t* even = rows + k * stride;
-    for (int64_t c = 0; c < cols; c += kPanel) {
+    uint16_t* to = tiles + k / kDepth * tile_row + k % kDepth * kPanel;
+    for (int64_t c = 0; c < cols; c += kPanel, to += kTile) {
       uint16_t edge[2][kPanel] = {};
       const uint16_t* pair[2] = {k < count ? even + c : zeros, k + 1 < count ? even + stride + c : zeros};
+      if (c % (2 * kPanel) == 0) {  // a cache line of each row
+        __builtin_prefetch(reinterpret_cast<const char*>(even + c) + kAhead);
+        __builtin_prefetch(reinterpret_cast<const char*>(even + stride + c) + kAhead);
+      }
       if (c >= whole) {
         for (int i = 0; i < 2; ++i) {
           if (pair[i] == zeros) continue;
@@ -29,25 +37,27 @@ void Interleave(const uint16_t* rows, int64_t stride, int64_t count, int64_t col
           pair[i] = edge[i];
         }
       }
-      V::ZipRows(pair[0], pair[1], panels + c * depth + k * kPanel);
+      V::ZipRows(pair[0], pair[1], to);
     }
   }
 }
 
 template <typename V, int kRows>
 inline __attribute__((always_inline)) void ProductTile(const uint16_t* a, int64_t a_stride,
-                                                       const uint16_t* panel, int64_t depth, float* c,
-                                                       int64_t row_stride) {
+                                                       const uint16_t* tiles, int64_t tile_stride,
+                                                       int64_t depth, float* c, int64_t row_stride) {
   typename V::Acc sum[kRows];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) sum[i] = V::Zero();
-  for (int64_t k = 0; k < depth; k += 2) {
-    const auto b = V::LoadPairs(panel + k * kPanel);
+  for (int64_t begin = 0; begin < depth; begin += kDepth, tiles += tile_stride) {
+    for (int64_t k = 0; k < kDepth; k += 2) {
+      const auto b = V::LoadPairs(tiles + k * kPanel);
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      uint32_t pair;
-      __builtin_memcpy(&pair, a + i * a_stride + k, sizeof pair);
-      sum[i] = V::MultiplyAdd(V::BroadcastPair(pair), b, sum[i]);
+      for (int i = 0; i < kRows; ++i) {
+        uint32_t pair;
+        __builtin_memcpy(&pair, a + i * a_stride + begin + k, sizeof pair);
+        sum[i] = V::MultiplyAdd(V::BroadcastPair(pair), b, sum[i]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -55,21 +65,25 @@ inline __attribute__((always_inline)) void ProductTile(const uint16_t* a, int64_
 }
 
 template <typename V>
-void Product(const uint16_t* a, int64_t a_stride, int64_t rows, const uint16_t* panels, int64_t num_panels,
-             int64_t depth, float* c, int64_t row_stride, int64_t panel_stride) {
+void Product(const uint16_t* a, int64_t a_stride, int64_t rows, const uint16_t* tiles, int64_t tile_stride,
+             int64_t num_panels, int64_t depth, float* c, int64_t row_stride, int64_t panel_stride) {
   for (int64_t p = 0; p < num_panels; ++p) {
-    const uint16_t* panel = panels + p * depth * kPanel;
+    const uint16_t* panel = tiles + p * kTile;
     float* to = c + p * panel_stride;
     int64_t i = 0;
-    for (; i + 8 <= rows; i += 8)
-      ProductTile<V, 8>(a + i * a_stride, a_stride, panel, depth, to + i * row_stride, row_stride);
-    for (; i < rows; ++i)
-      ProductTile<V, 1>(a + i * a_stride, a_stride, panel, depth, to + i * row_stride, row_stride);
+    for (; i + 8 <= rows; i += 8) {
+      ProductTile<V, 8>(a + i * a_stride, a_stride, panel, tile_stride, depth, to + i * row_stride,
+                        row_stride);
+    }
+    for (; i < rows; ++i) {
+      ProductTile<V, 1>(a + i * a_stride, a_stride, panel, tile_stride, depth, to + i * row_stride,
+                        row_stride);
+    }
   }
 }
 
-// e^x: 2^n e^f with |f| <= ln(2) / 2 and the Taylor polynomial of degree 7, whose remainder is below 2^-26 of the
-// result. What is below e^-87 becomes that, some 10^-38; NaN stays NaN.
+// e^x: 2^n e^f with |f| <= ln(2) / 2 and the Taylor polynomial of degree 7, whose remainder is below 2^-26 of
+// the result. What is below e^-87 becomes that, some 10^-38; NaN stays NaN.
 template <typename V>
 inline __attribute__((always_inline)) typename V::Acc Exp(typename V::Acc x) {
   // ln(2) in two parts, so that n times the first is exact.
@@ -120,7 +134,6 @@ template <typename V, int kTokens>
 inline __attribute__((always_inline)) void DotRowsTile(const uint16_t* rows, int64_t num_rows, int64_t cols,
                                                        const uint16_t* x, int64_t x_stride, float* out,
                                                        int64_t out_stride) {
-  constexpr int64_t kAhead = 4096;  // bytes; as in projection.h
   const int64_t whole = cols / kDepth * kDepth;
   for (int64_t r = 0; r < num_rows; ++r) {
     const uint16_t* row = rows + r * cols;
