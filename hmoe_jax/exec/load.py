@@ -54,7 +54,7 @@ def load_weights(
 ) -> Weights:
     """Everything but the routed experts, copied to the default device and prepared.
 
-    FP8 projections stay FP8; router weights become FP32, everything else `dtype`. On the CPU platform the projections
+    FP8 projections stay FP8; router weights stay `dtype` if they are, and become FP32 else; everything else `dtype`. On the CPU platform the projections
     are multiplied by the native thread pool with the id `pool`, or by XLA if it is None. `advance` is told bytes.
     """
 
@@ -84,7 +84,7 @@ def _cast(weights: Weights, dtype: DTypeLike) -> Weights:
             return node if node.scale is not None else replace(node, weight=node.weight.astype(dtype))
         if isinstance(node, Moe):
             wide = {
-                "router": node.router.astype(jnp.float32),
+                "router": node.router if node.router.dtype == dtype else node.router.astype(jnp.float32),
                 "router_bias": node.router_bias.astype(jnp.float32),
             }
             return replace(node, shared=jax.tree.map(cast, node.shared, is_leaf=is_special), **wide)
