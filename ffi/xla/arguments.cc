@@ -12,6 +12,8 @@ std::string DtypeName(ffi::DataType dtype) {
       return "uint8";
     case ffi::DataType::S8:
       return "int8";
+    case ffi::DataType::U16:
+      return "uint16";
     case ffi::DataType::S32:
       return "int32";
     case ffi::DataType::S64:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from hmoe_jax.config import ModelConfig
 from hmoe_jax.core import record
 from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch
 from hmoe_jax.kv.pages import CacheLayout, read_chunk, write_latents
-from hmoe_jax.nn.attention import Context, Queries, UpProjections, attend_absorbed, attend_decompressed
+from hmoe_jax.nn.attention import Context, Pages, Queries, UpProjections, attend_absorbed, attend_decompressed
 from hmoe_jax.sampling import Sampled, SamplerState, report, sample
 
 
@@ -115,6 +115,7 @@ def _decode_logits(model: StepModel, state: DeviceState, batch: DecodeBatch) -> 
     def attend(cache: Array, queries: Queries, up: UpProjections, latents: Array) -> tuple[Array, Array]:
         cache = write_latents(cache, batch.tables, batch.positions, batch.valid, latents)
         context = _context(model.layout, cache, batch.tables, batch.positions, latents.dtype)
+        context = replace(context, pages=Pages(cache, batch.tables))
         return attend_absorbed(queries, up, context, scale=model.config.softmax_scale), cache
 
     hidden, caches, routes = deepseek_v3.forward(

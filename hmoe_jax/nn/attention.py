@@ -11,24 +11,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, UInt
 
 from hmoe_jax.core import record
+from hmoe_jax.kernels.mla_attention import mla_attention
 from hmoe_jax.nn.einsum import einsum_f32
 
 
-@jax.tree_util.register_dataclass
+@partial(jax.tree_util.register_dataclass, data_fields=("key", "value"), meta_fields=("pool",))
 @dataclass(frozen=True)
 class UpProjections:
-    """How latents become keys and values: `key [h, n, r]`, `value [h, v, r]`."""
+    """How latents become keys and values: `key [h, n, r]`, `value [h, v, r]`.
+
+    `pool` names the native thread pool that attends with them in a decode step on the CPU platform; None leaves it to
+    XLA.
+    """
 
     key: Any
     value: Any
+    pool: int | None = None
 
 
 @record
@@ -40,19 +47,29 @@ class Queries:
     rope: Float[Array, "t h p"]
 
 
+@record
+@dataclass(frozen=True)
+class Pages:
+    """Where the latents lie: slot j of page `tables[t, i]` is position `i * slots + j` of sequence t, in bits."""
+
+    cache: UInt[Array, "pages slots w"]
+    tables: Int32[Array, "t p"]
+
+
 @dataclass(frozen=True)
 class Context:
     """The cached latents that queries may look at.
 
     `chunk(i)` is chunk i: `[s, r+p]` shared by all queries, or `[t, s, r+p]` with a sequence of its own for each. Slot
     j of chunk i is position `i*s + j`; a query sees the slots up to its own position, itself included. Only the first
-    `num_chunks` (a traced scalar) are read.
+    `num_chunks` (a traced scalar) are read. `pages` tells native kernels where the same latents lie.
     """
 
     chunk: Callable[[Int32[Array, ""]], Float[Array, "*t s w"]]
     chunk_len: int
     num_chunks: Int32[Array, ""]
     positions: Int32[Array, " t"]
+    pages: Pages | None = None
 
 
 ScoresAndMix = tuple[Float[Array, "t h s"], Callable[[Array], Array]]
@@ -77,6 +94,24 @@ def attend_decompressed(
 
 def attend_absorbed(queries: Queries, up: UpProjections, context: Context, *, scale: float) -> Float[Array, "t h v"]:
     """Attention of `t` sequences with one new token each. Dtypes as for `attend_decompressed`."""
+    plain = partial(_attend_absorbed_xla, context=context, scale=scale)
+    if up.pool is None or context.pages is None or queries.nope.dtype != jnp.bfloat16:
+        return plain(queries, up)
+    native = partial(_attend_absorbed_native, pages=context.pages, positions=context.positions, scale=scale)
+    return lax.platform_dependent(queries, up, cpu=native, default=plain)
+
+
+def _attend_absorbed_native(
+    queries: Queries, up: UpProjections, *, pages: Pages, positions: Int32[Array, " t"], scale: float
+) -> Float[Array, "t h v"]:
+    assert up.pool is not None
+    operands = (queries.nope, queries.rope, up.key, up.value, pages.cache, pages.tables, positions)
+    return mla_attention(*operands, scale=scale, pool=up.pool)
+
+
+def _attend_absorbed_xla(
+    queries: Queries, up: UpProjections, *, context: Context, scale: float
+) -> Float[Array, "t h v"]:
     rank = up.key.shape[-1]
     absorbed = einsum_f32("thn,hnr->thr", queries.nope, up.key).astype(queries.nope.dtype)
     query = jnp.concatenate([absorbed, queries.rope], axis=-1)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmoe_jax.nn.attention import Context, Queries, UpProjections, attend_absorbed, attend_decompressed
+from hmoe_jax.kernels.pool import ThreadPool
+from hmoe_jax.nn.attention import Context, Pages, Queries, UpProjections, attend_absorbed, attend_decompressed
 
 HEADS, NOPE, ROPE, VALUE, RANK = 3, 5, 4, 7, 11
 SCALE = 0.4
@@ -172,3 +174,27 @@ def test_absorbed_queries_look_at_their_own_sequence() -> None:
     context = context_of(together.latents, together.positions, chunk_len=4, num_chunks=None, dtype=jnp.float32)
     got = np.asarray(attend_absorbed(together.queries(), together.up(), context, scale=SCALE))
     np.testing.assert_allclose(got, np.concatenate([first.formula(), second.formula()]), atol=FP32_TOLERANCE)
+
+
+def test_a_pool_attends_to_pages_as_xla_does() -> None:
+    positions = [0, 12, 5, 3]
+    case = random_case(positions, 13, seed=4)
+    slots, table_len = 4, 5
+    rng = np.random.default_rng(0)
+    tables = rng.permutation(1 + len(positions) * table_len)[1:].reshape(len(positions), table_len).astype(np.int32)
+    cache = np.full((1 + len(positions) * table_len, slots, RANK + ROPE), np.nan, np.float32)
+    each = np.broadcast_to(case.latents, (len(positions), *case.latents.shape))
+    for table, latents in zip(tables, each, strict=True):
+        flat = np.full((table_len * slots, RANK + ROPE), np.nan, np.float32)
+        flat[: len(latents)] = latents
+        cache[table] = flat.reshape(table_len, slots, -1)
+    context = replace(
+        context_of(each, case.positions, chunk_len=4, num_chunks=None, dtype=jnp.bfloat16),
+        pages=Pages(jax.lax.bitcast_convert_type(jnp.asarray(cache, jnp.bfloat16), jnp.uint16), jnp.asarray(tables)),
+    )
+    queries, up = case.queries(jnp.bfloat16), case.up(jnp.bfloat16)
+    plain = np.asarray(attend_absorbed(queries, up, context, scale=SCALE), np.float32)
+    with ThreadPool(1) as pool:
+        native = np.asarray(attend_absorbed(queries, replace(up, pool=pool.id), context, scale=SCALE), np.float32)
+    # Both round at the same places; FP32 sums of another order move some of the four roundings to the neighbour.
+    assert np.abs(native - plain).max() <= 4 * 2.0**-8 * np.abs(plain).max()
