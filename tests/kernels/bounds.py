@@ -1,9 +1,14 @@
 """How far a kernel may be from the exact result: derived from the arithmetic, for any order of additions.
 
 The product of two BF16 numbers is exact in FP32, and every code is exact in BF16; so rounding happens in additions, in
-the scaling of a group's sum, and where results are put together. A sum of n terms in any order has at most n roundings
-on the way of any term, each of at most 2^-24 of what is rounded: the error is at most n 2^-24 (1 + n 2^-24) times the
-sum of magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, 4.2). A few more roundings are in scaling.
+the scaling of a group's sum, and where results are put together: n terms, n roundings and a few more. Each is at most
+u = 2^-24 of what is rounded. Two bounds, of which the smaller counts:
+
+- Any data: n u (1 + n u) times the sum of magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, 4.2).
+- Terms of random sign, as in these tests, whose 2-norm is T. After i of n terms a sum has the deviation T sqrt(i / n),
+  and a rounding is uniform, so has u / sqrt(3) of it; independent roundings add up to u T sqrt(n / 6). Six times that
+  is a deviation that a thousand million outputs do not show. The sums on the way to one output are alike, so that they
+  may all be large together: three times, which as many outputs hardly show. 18 / sqrt(6) is less than 8.
 
 AVX512_BF16 and AMX take subnormal operands for zero and flush subnormal sums: errors below 2^-126 each, times what
 they are multiplied by.
@@ -59,7 +64,9 @@ class ExactMatrix:
     def times(self, x: np.ndarray) -> Within:
         """x @ weights.T, for finite `x [t, cols]`."""
         magnitude = np.abs(x) @ np.abs(self.weights).T
-        return Within(x @ self.weights.T, roundings(x.shape[1]) * magnitude + self._flushed(x))
+        norm = np.sqrt(x**2 @ (self.weights**2).T)
+        error = np.minimum(roundings(x.shape[1]) * magnitude, random_roundings(x.shape[1]) * norm)
+        return Within(x @ self.weights.T, error + self._flushed(x))
 
     def _flushed(self, x: np.ndarray) -> np.ndarray:
         """Operands, each partial sum, scales and results that were subnormal."""
@@ -69,9 +76,14 @@ class ExactMatrix:
 
 
 def roundings(num_terms: int) -> float:
-    """The relative error of a sum of so many terms, and of what is done to it."""
+    """The error of a sum of so many terms, and of what is done to it, relative to the sum of magnitudes."""
     count = num_terms + EXTRA_ROUNDINGS
     return count * 2.0**-24 * (1 + count * 2.0**-24)
+
+
+def random_roundings(num_terms: int) -> float:
+    """The same for terms of random sign, relative to their 2-norm."""
+    return 8 * np.sqrt(num_terms + EXTRA_ROUNDINGS) * 2.0**-24
 
 
 def silu_times(gate: Within, up: Within) -> Within:
