@@ -111,7 +111,7 @@ void BindExpertStore(nb::module_& m) {
   };
   nb::class_<PyExpertStore>(m, "ExpertStore")
       .def("__init__", init, "pool"_a, "codec"_a, nb::kw_only(), "num_layers"_a, "num_experts"_a, "hidden"_a,
-           "ffn"_a, "residency"_a)
+           "ffn"_a, "residency"_a = "mmap")
       .def("add", &PyExpertStore::Add, "layer"_a, "expert"_a, "matrix"_a, "weights"_a.noconvert(),
            "scales"_a.noconvert().none(), "scale_dtype"_a = "float32")
       .def("freeze", &PyExpertStore::Freeze)

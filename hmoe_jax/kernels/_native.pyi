@@ -41,7 +41,7 @@ class ExpertStore:
         num_experts: int,
         hidden: int,
         ffn: int,
-        residency: str,
+        residency: str = "mmap",
     ) -> None: ...
     def add(
         self,
