@@ -382,10 +382,11 @@ def _projection(config: ModelConfig, spec: Projection, *, seed: int) -> Iterator
     layout = FORMATS[spec.codec]
     rows, items = spec.weight.shape
     wide = replace(spec.weight, shape=(rows, layout.num_cols(items)))
-    # Per channel in BF16, as compressed-tensors does for a BF16 model; per tensor in FP32.
-    scale_dtype = layout.scale_dtypes[0 if stored.block.rows is None else -1]
-    codes, scale = quantize(spec.codec, _values(wide, seed=seed), block=stored.block, scale_dtype=scale_dtype)
+    codes, scale = quantize(spec.codec, _values(wide, seed=seed), block=stored.block)
     yield spec.weight.name, codes
+    # In BF16, as compressed-tensors does for a BF16 model; but per tensor in FP32.
+    if stored.scale_name == "weight_scale" and stored.block.rows is not None:
+        scale = scale.astype(ml_dtypes.bfloat16)
     shapes = (spec.scale.shape, *spec.scale.other_shapes)
     yield spec.scale.name, scale.reshape(shapes[zlib.crc32(spec.scale.name.encode()) % len(shapes)])
 

@@ -166,7 +166,7 @@ def _projection(config: ModelConfig, module: str, out: int, width: int) -> Proje
 
 def _scale(layout: Format, stored: Stored, module: str, out: int, width: int) -> TensorSpec:
     shape, *other_shapes = stored.block.stored_shapes(out, width)
-    dtypes = tuple(DTYPE_NAMES[dtype] for dtype in layout.scale_dtypes)
+    dtypes = tuple(DTYPE_NAMES[dtype] for dtype in (*layout.scale_dtypes, *layout.widened_scale_dtypes))
     return TensorSpec(f"{module}.{stored.scale_name}", shape, dtypes, tuple(other_shapes))
 
 

@@ -13,7 +13,7 @@ from hmoe_jax.checkpoint.index import Checkpoint
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.core import CheckpointError
 from hmoe_jax.exec.backend import ExpertBackend
-from hmoe_jax.exec.load import checks_mapped_scales, read_matrix
+from hmoe_jax.exec.load import checks_mapped_scales, read_matrix, stored_bytes
 from hmoe_jax.experts.store import ExpertStore, ExpertTensor, StoreShape
 from hmoe_jax.kernels.moe_experts import moe_experts
 from hmoe_jax.kernels.pool import ThreadPool
@@ -33,7 +33,7 @@ def load_experts(
         for spec in describe_experts(config):
             weight, scale = read_matrix(checkpoint, spec.projection, checks_scales=checks_scales)
             yield ExpertTensor(spec.layer, spec.expert, spec.matrix, weight, scale)
-            advance(scale.nbytes if scale is not None and checks_scales else 0)
+            advance(stored_bytes(checkpoint, spec.projection.scale) if checks_scales else 0)
 
     shape = StoreShape(config.num_moe_layers, config.num_experts, config.hidden_size, config.expert_ffn)
     store = ExpertStore(tensors(), shape=shape, codec=_codec(config, checkpoint), pool=pool)

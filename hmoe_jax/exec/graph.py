@@ -6,7 +6,6 @@ For models that fit, and the oracle that every other executor is tested against.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import jax
 import numpy as np
@@ -18,7 +17,7 @@ from hmoe_jax.checkpoint.index import Checkpoint
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.core import CheckpointError
 from hmoe_jax.exec.backend import ExpertBackend
-from hmoe_jax.exec.load import read_matrix
+from hmoe_jax.exec.load import read_matrix, stored_bytes
 from hmoe_jax.kernels.moe_experts_reference import ExpertArrays, ExpertMatrices, moe_experts_reference
 from hmoe_jax.nn.linear import Projection
 
@@ -32,20 +31,18 @@ def load_experts(
     """
     stacks: dict[tuple[int, str], list[Projection]] = {}
     for spec in describe_experts(config):
-        weight, scale = read_matrix(checkpoint, spec.projection)
-        stored = replace(spec.projection, weight=weight, scale=scale)
-        stacks.setdefault((spec.layer, spec.matrix), []).append(stored)
+        stacks.setdefault((spec.layer, spec.matrix), []).append(spec.projection)
 
     def read(layer: int, matrix: str) -> ExpertMatrices:
-        experts = stacks.pop((layer, matrix))
-        codecs = sorted({stored.codec for stored in experts})
+        experts = stacks[layer, matrix]
+        codecs = sorted({projection.codec for projection in experts})
         if len(codecs) > 1:
             place = f"experts of MoE layer {layer}, {matrix}"
             raise CheckpointError(
                 f"{place}: stored differently", file=str(checkpoint.folder), expected="one codec", actual=codecs
             )
-        advance(sum(array.nbytes for array in jax.tree.leaves(experts)))
-        return _stack(experts, dtype)
+        advance(stored_bytes(checkpoint, experts))
+        return _stack([read_matrix(checkpoint, projection) for projection in experts], codecs[0], dtype)
 
     operand = tuple(
         ExpertArrays(**{matrix: read(layer, matrix) for matrix in MATRICES}) for layer in range(config.num_moe_layers)
@@ -53,12 +50,12 @@ def load_experts(
     return ExpertBackend(operand=operand, bind=_bind, stats=None, close=lambda: None)
 
 
-def _stack(experts: list[Projection], dtype: DTypeLike) -> ExpertMatrices:
-    weight = jax.device_put(np.stack([stored.weight for stored in experts]))
-    if experts[0].scale is None:
+def _stack(experts: list[tuple[np.ndarray, np.ndarray | None]], codec: str, dtype: DTypeLike) -> ExpertMatrices:
+    weights, scales = zip(*experts, strict=True)
+    weight = jax.device_put(np.stack(weights))
+    if scales[0] is None:
         return ExpertMatrices(weight.astype(dtype))
-    scale = jax.device_put(np.stack([stored.scale for stored in experts]))
-    return ExpertMatrices(weight, scale, codec=experts[0].codec)
+    return ExpertMatrices(weight, jax.device_put(np.stack(scales)), codec=codec)
 
 
 def _bind(operand: tuple[ExpertArrays, ...]) -> RoutedExperts:

@@ -25,6 +25,7 @@ from hmoe_jax.checkpoint.specs import TensorSpec, check_scales, check_stored_sha
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.nn.attention import UpProjections
 from hmoe_jax.nn.linear import Projection
+from hmoe_jax.quant.formats import FORMATS
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +51,18 @@ def bytes_to_read(config: ModelConfig, checkpoint: Checkpoint, *, maps_experts: 
     experts: list[Any] = [spec.projection for spec in describe_experts(config)]
     if maps_experts:
         experts = [projection.scale for projection in experts] if checks_mapped_scales(config, checkpoint) else []
-    return sum(checkpoint.entries[spec.name].num_bytes for spec in jax.tree.leaves((describe(config), experts)))
+    return stored_bytes(checkpoint, (describe(config), experts))
 
 
 def checks_mapped_scales(config: ModelConfig, checkpoint: Checkpoint) -> bool:
     """Whether the scales of experts whose files are only mapped are few enough to be read for a check."""
-    scales = jax.tree.leaves([spec.projection.scale for spec in describe_experts(config)])
-    return sum(checkpoint.entries[spec.name].num_bytes for spec in scales) <= CHECKED_SCALE_BYTES
+    scales = [spec.projection.scale for spec in describe_experts(config)]
+    return stored_bytes(checkpoint, scales) <= CHECKED_SCALE_BYTES
+
+
+def stored_bytes(checkpoint: Checkpoint, specs: Any) -> int:
+    """Of all tensors of a tree of `TensorSpec`s, in the files."""
+    return sum(checkpoint.entries[spec.name].num_bytes for spec in jax.tree.leaves(specs))
 
 
 def load_weights(
@@ -74,15 +80,12 @@ def load_weights(
     the id `pool`, or by XLA if it is None. `advance` is told bytes.
     """
 
-    def put(array: np.ndarray) -> jax.Array:
-        advance(array.nbytes)
-        return jax.device_put(array)
-
     def read(node: Any) -> Any:
+        advance(stored_bytes(checkpoint, node))
         if not isinstance(node, Projection):
-            return put(checkpoint.array(node.name))
-        weight, scale = read_matrix(checkpoint, node)
-        return replace(node, weight=put(weight), scale=None if scale is None else put(scale))
+            return jax.device_put(checkpoint.array(node.name))
+        weight, scale = jax.device_put(read_matrix(checkpoint, node))
+        return replace(node, weight=weight, scale=scale)
 
     weights = jax.tree.map(read, describe(config), is_leaf=lambda node: isinstance(node, Projection))
     return _set_pool(prepare(config, _cast(weights, dtype), dtype=dtype), pool)
@@ -93,6 +96,7 @@ def read_matrix(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Views of a stored matrix and of its scales, as a grid of two axes, for a `projection` of `TensorSpec`s.
 
+    Scales are a copy where the file has them in a narrower dtype than the format.
     Raises `CheckpointError` for a scale that is not finite and above zero, unless `checks_scales` is false.
     """
     weight = checkpoint.array(projection.weight.name)
@@ -102,6 +106,9 @@ def read_matrix(
     scale = checkpoint.array(spec.name)
     if checks_scales:
         check_scales(spec.name, scale, file=str(checkpoint.file_of(spec.name)))
+    layout = FORMATS[projection.codec]
+    if scale.dtype in layout.widened_scale_dtypes:
+        scale = scale.astype(layout.scale_dtypes[0])
     return weight, scale.reshape(spec.shape)
 
 

@@ -52,13 +52,15 @@ class Format:
     """A weight is the value of its code times the scale of its block, formed in FP32.
 
     `scale_blocks` and `scale_dtypes` are what a file may choose from, quantisers take the first; both are empty where
-    weights are stored without scales. `cols_multiple` must divide the columns of every matrix.
+    weights are stored without scales. Scales that files have in one of `widened_scale_dtypes` become the first of
+    `scale_dtypes`, exactly, when they are loaded. `cols_multiple` must divide the columns of every matrix.
     """
 
     codec: str
     encoding: Encoding
     scale_blocks: tuple[ScaleBlock, ...] = ()
     scale_dtypes: tuple[np.dtype, ...] = ()
+    widened_scale_dtypes: tuple[np.dtype, ...] = ()
     cols_multiple: int = 1
 
     @property
@@ -137,7 +139,7 @@ def _int4_group(size: int) -> Format:
 _CHANNEL_BLOCKS = (PER_CHANNEL, PER_TENSOR)
 _TABLE = (
     Format("bf16", BF16),
-    Format("fp8_block", E4M3, (ScaleBlock(FP8_BLOCK, FP8_BLOCK), ScaleBlock(1, FP8_BLOCK)), (_FLOAT32,)),
+    Format("fp8_block", E4M3, (ScaleBlock(FP8_BLOCK, FP8_BLOCK), ScaleBlock(1, FP8_BLOCK)), (_FLOAT32,), (_BFLOAT16,)),
     Format("fp8_channel", E4M3, _CHANNEL_BLOCKS, (_FLOAT32, _BFLOAT16)),
     Format("int8_channel", INT8, _CHANNEL_BLOCKS, (_FLOAT32, _BFLOAT16)),
     _int4_group(32),

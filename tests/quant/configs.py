@@ -47,6 +47,7 @@ INT4_GROUP64 = compressed("pack-quantized", "int", 4, "group", group_size=64)
 INT4_GROUP128 = compressed("pack-quantized", "int", 4, "group", group_size=128, ignore=())
 FP8_CHANNEL = compressed("float-quantized", "float", 8, "channel")
 FP8_TENSOR = compressed("float-quantized", "float", 8, "tensor", ignore=())
+FP8_BLOCKS = compressed("float-quantized", "float", 8, "block", block_structure=[128, 128])
 FP8_ROW_BLOCKS = {**FP8, "weight_block_size": [1, 128]}
 INT8_CHANNEL = compressed("int-quantized", "int", 8, "channel")
 
@@ -56,6 +57,7 @@ PUBLISHED = {
     "int4-group128": INT4_GROUP128,
     "fp8-channel": FP8_CHANNEL,
     "fp8-tensor": FP8_TENSOR,
+    "fp8-blocks": FP8_BLOCKS,
     "fp8-row-blocks": FP8_ROW_BLOCKS,
     "int8-channel": INT8_CHANNEL,
 }
