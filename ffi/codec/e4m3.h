@@ -23,7 +23,7 @@ constexpr float FloatFromE4M3(uint8_t bits) {
 }
 
 // The three ways in which an ISA can turn E4M3 into operands.
-enum class DecodeWay { kTable, kHalf, kByteLookUp };
+enum class DecodeWay { kTable, kHalf, kBytes };
 
 struct E4M3Values {
   float value[256];
@@ -47,6 +47,11 @@ struct E4M3Bytes {
 constexpr E4M3Values kE4M3Values;
 constexpr E4M3Bytes kE4M3Bytes;
 
+// Bit i of a result is the parity of the encoding's bits under byte 7 - i (what `gf2p8affineqb` takes).
+// Low: mantissa and lowest exponent bit, moved up by four. High: sign, then exponent bits 3; 3, 3, 3, 3
+// (flipped); 2; 1.
+constexpr uint64_t kLowByte = 0x0000000001020408, kHighByte = 0x1020404040404080;
+
 struct E4M3 {
   static constexpr int kBits = 8;
 
@@ -60,18 +65,25 @@ struct E4M3 {
   // Interleaving the low and high bytes leaves the columns of a step in another order; activations follow it.
   template <typename V>
   static constexpr int Position(int column) {
-    if constexpr (V::kWay == DecodeWay::kByteLookUp) return V::InterleavedPosition(column);
+    if constexpr (V::kWay == DecodeWay::kBytes) return V::InterleavedPosition(column);
     return column;
   }
 
   template <typename V>
   static inline void Decode(const uint8_t* bytes, typename V::Operand* out) {
-    if constexpr (V::kWay == DecodeWay::kByteLookUp) {
-      // The look-up indexes with the low 7 bits and so ignores the sign, which the high byte takes over.
+    if constexpr (V::kWay == DecodeWay::kBytes) {
       const auto encoded = V::LoadBytes(bytes);
-      const auto low = V::LookUp(kE4M3Bytes.low, encoded);
-      const auto high = V::CopyBits(V::LookUp(kE4M3Bytes.high, encoded), encoded, 0x80);
-      V::Interleave(low, high, out);
+      if (__builtin_expect(V::AllWithin(V::AddBytes(encoded, encoded), 16, 252), 1)) {
+        // Without subnormals and NaN the bytes of the bfloat16 are affine over bits. Its exponent is greater
+        // by 120: to e of four bits that adds 0111 1 before the highest bit, or flips those where it is set.
+        V::Interleave(V::template Affine<0>(encoded, kLowByte), V::template Affine<0x3c>(encoded, kHighByte),
+                      out);
+      } else {
+        // The look-up indexes with the low 7 bits and so ignores the sign, which the high byte takes over.
+        const auto low = V::LookUp(kE4M3Bytes.low, encoded);
+        const auto high = V::CopyBits(V::LookUp(kE4M3Bytes.high, encoded), encoded, 0x80);
+        V::Interleave(low, high, out);
+      }
     } else if constexpr (V::kWay == DecodeWay::kHalf) {
       // Moved to the exponent's place of an IEEE half (bias 15) the same bits mean 2^-8 of the weight,
       // subnormals included. Only the NaN needs help: exponent 15 is ordinary in a half, 31 is not.

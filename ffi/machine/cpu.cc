@@ -56,7 +56,7 @@ CpuFeatures DetectCpu() {
       saves_ymm && Bit(leaf1.ecx, 12) && Bit(leaf1.ecx, 28) && Bit(leaf1.ecx, 29) && Bit(leaf7.ebx, 5);
   features.avx512 = features.avx2 && saves_zmm && Bit(leaf7.ebx, 16) && Bit(leaf7.ebx, 17) &&
                     Bit(leaf7.ebx, 30) && Bit(leaf7.ebx, 31);
-  features.avx512_bf16 = features.avx512 && Bit(leaf7.ecx, 1) && Bit(leaf7_1.eax, 5);
+  features.avx512_bf16 = features.avx512 && Bit(leaf7.ecx, 1) && Bit(leaf7.ecx, 8) && Bit(leaf7_1.eax, 5);
   const bool saves_tiles = (saved >> 17 & 3) == 3;
   features.amx_bf16 =
       features.avx512_bf16 && saves_tiles && Bit(leaf7.edx, 22) && Bit(leaf7.edx, 24) && MayUseTiles();

@@ -8,7 +8,7 @@ namespace hmoe {
 struct CpuFeatures {
   bool avx2 = false;         // AVX2, FMA and F16C
   bool avx512 = false;       // F, BW, VL and DQ
-  bool avx512_bf16 = false;  // the above, VBMI and BF16
+  bool avx512_bf16 = false;  // the above, VBMI, GFNI and BF16
   bool amx_bf16 = false;     // the above, and tiles that the kernel lets this process use
 };
 

@@ -183,11 +183,15 @@ def test_ten_thousand_stores_leave_nothing_behind(pool):
         for _ in range(times):
             ExpertStore(tensors, shape=shape, codec="fp8_block", pool=pool).close()
 
+    def growth(times: int) -> int:
+        before = resident_bytes()
+        cycle(times)
+        return resident_bytes() - before
+
     cycle(1000)  # what grows once has grown
-    before = resident_bytes()
-    cycle(10_000)
-    # A store with three matrices is some hundred bytes: of 10,000 that leak not a quarter would go unnoticed.
-    assert resident_bytes() - before < 2**20
+    # A store with three matrices is some hundred bytes: of 10,000 that leak not a quarter would go unnoticed. A leak
+    # shows every time, what the allocator keeps for itself does not.
+    assert min(growth(10_000), growth(10_000)) < 2**20
 
 
 def resident_bytes() -> int:

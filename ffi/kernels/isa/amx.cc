@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kTileRows = 16, kTileTokens = 16, kTileColumns = 32, kTileFloats = kTileRows * kTileTokens;
 constexpr int64_t kTileStride = kTileTokens * 4;  // bytes between the rows of a tile of sums
-constexpr int64_t kColumns = 128;                 // that are decoded at once
+constexpr int64_t kColumns = 128, kHalf = 64;     // of a block; half of them are decoded at once
 constexpr int kSteps = kColumns / kTileColumns;
 
 // How 32 columns of a row become a row of a weight tile.
@@ -72,35 +72,31 @@ inline void DecodeMxfp4(const uint8_t* bytes, unsigned exponent, uint16_t* to) {
   }
 }
 
-// 128 columns of a row become four rows of weight tiles. `scales` are those of the row's blocks or groups
-// here; what the sums need of them goes to `sum_scales`.
+// Half a block of columns of a row becomes a row of two weight tiles. `scales` are those of MXFP4's groups
+// here.
 template <typename C>
-inline __attribute__((always_inline)) void DecodeColumns(const uint8_t* bytes, const uint8_t* scales,
-                                                         uint16_t* to, float* sum_scales) {
+inline __attribute__((always_inline)) void DecodeHalf(const uint8_t* bytes, const uint8_t* scales,
+                                                      uint16_t* to) {
   if constexpr (C::kScaling == Scaling::kGroupE8M0) {
-    for (int i = 0; i < kSteps; ++i) DecodeMxfp4(bytes + 16 * i, scales[i], to + kTileColumns * i);
-    return;
-  }
-  constexpr int kStep = C::template kStep<Tiles>;
-#pragma GCC unroll 4
-  for (int column = 0; column < kColumns; column += kStep) {
-    __m512i decoded[kStep / kTileColumns];
-    C::template Decode<Tiles>(bytes + column * C::kBits / 8, decoded);
+    DecodeMxfp4(bytes, scales[0], to);
+    DecodeMxfp4(bytes + 16, scales[1], to + kTileColumns);
+  } else {
+    constexpr int kStep = C::template kStep<Tiles>;
 #pragma GCC unroll 2
-    for (int i = 0; i < kStep / kTileColumns; ++i) Tiles::Store(to + column + i * kTileColumns, decoded[i]);
-  }
-  if constexpr (C::kScaling == Scaling::kBlock) __builtin_memcpy(sum_scales, scales, sizeof(float));
-  if constexpr (C::kScaling == Scaling::kGroupBf16) {
-    uint16_t bits[kSumsPerBlock<C>];
-    __builtin_memcpy(bits, scales, sizeof bits);
-    for (int i = 0; i < kSumsPerBlock<C>; ++i) sum_scales[i] = FloatFromBf16(bits[i]);
+    for (int column = 0; column < kHalf; column += kStep) {
+      __m512i decoded[kStep / kTileColumns];
+      C::template Decode<Tiles>(bytes + column * C::kBits / 8, decoded);
+#pragma GCC unroll 2
+      for (int i = 0; i < kStep / kTileColumns; ++i) Tiles::Store(to + column + i * kTileColumns, decoded[i]);
+    }
   }
 }
 
 // Up to kMaxRows rows, walked side by side.
 template <typename C>
 struct Rows {
-  static constexpr int64_t kBytes = kColumns * C::kBits / 8;
+  static constexpr int64_t kHalfBytes = kHalf * C::kBits / 8;
+
   Row row[kMaxRows];
   int64_t count, cols;
 
@@ -108,23 +104,42 @@ struct Rows {
     for (int64_t r = 0; r < count; ++r) row[r] = RowOf<C>(matrix, begin + r);
   }
 
-  // Columns [128 * block, ...) of row r; those beyond the matrix become zeros, and nothing is read there.
-  // What lies `ahead` is asked for.
-  inline __attribute__((always_inline)) void Decode(int64_t r, int64_t block, uint16_t* to, float* sum_scales,
+  // Half a block of columns of row r; those beyond the matrix become zeros, and nothing is read there. What
+  // lies `ahead` is asked for.
+  inline __attribute__((always_inline)) void Decode(int64_t r, int64_t block, int64_t half, uint16_t* to,
                                                     int64_t ahead) const {
-    const int64_t left = cols - block * kColumns;
-    const uint8_t* bytes = row[r].weights + block * kBytes;
-    const uint8_t* scales = row[r].scales + block * ScaleBytesPerRow<C>(kColumns);
-    if (left >= kColumns) {
-      for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(bytes + ahead + line);
-      return DecodeColumns<C>(bytes, scales, to, sum_scales);
+    const int64_t column = block * kColumns + half * kHalf, left = cols - column;
+    const uint8_t* bytes = row[r].weights + column * C::kBits / 8;
+    const uint8_t* scales = row[r].scales;
+    if constexpr (C::kScaling == Scaling::kGroupE8M0) scales += column / C::kGroup;
+    if (left >= kHalf) {
+      for (int64_t line = 0; line < kHalfBytes; line += 64) __builtin_prefetch(bytes + ahead + line);
+      return DecodeHalf<C>(bytes, scales, to);
     }
-    uint8_t tail[kBytes] = {}, tail_scales[16] = {};
-    __builtin_memcpy(tail, bytes, static_cast<size_t>(left * C::kBits / 8));
-    if constexpr (ColumnsPerScale<C>() != 0) {
-      __builtin_memcpy(tail_scales, scales, static_cast<size_t>(ScaleBytesPerRow<C>(left)));
+    uint8_t tail[kHalfBytes] = {}, tail_scales[2] = {};
+    if (left > 0) {
+      __builtin_memcpy(tail, bytes, static_cast<size_t>(left * C::kBits / 8));
+      if constexpr (C::kScaling == Scaling::kGroupE8M0) tail_scales[0] = scales[0];
     }
-    DecodeColumns<C>(tail, tail_scales, to, sum_scales);
+    DecodeHalf<C>(tail, tail_scales, to);
+  }
+
+  // What the sums of a block of columns of row r are scaled with; zeros beyond the matrix.
+  inline __attribute__((always_inline)) void ReadScales(int64_t r, int64_t block, float* to) const {
+    if constexpr (kScalesSums<C>) {
+      const uint8_t* from = row[r].scales + block * kSumsPerBlock<C> * BytesOfScale(C::kScaling);
+      if constexpr (C::kScaling == Scaling::kBlock) {
+        __builtin_memcpy(to, from, sizeof(float));
+      } else {
+        const int64_t present = Smaller(kSumsPerBlock<C>, (cols - block * kColumns) / C::kGroup);
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < kSumsPerBlock<C>; ++i) {
+          uint16_t bits = 0;
+          if (i < present) __builtin_memcpy(&bits, from + 2 * i, sizeof bits);
+          to[i] = FloatFromBf16(bits);
+        }
+      }
+    }
   }
 };
 
@@ -175,42 +190,43 @@ void WriteTile(const Matrix& matrix, int64_t row, int64_t num_rows, const float*
 // the sums of the last are added and the next is decoded.
 template <typename C>
 struct FewTokens {
-  static constexpr int64_t kAhead = 1024;  // bytes of each row
+  static constexpr int64_t kAhead = 512;  // bytes of each row: sixteen rows are 8 KB
 
-  alignas(64) uint16_t weights[2][kTileRows * kColumns];
+  // 4 KB: with twice as much, loads would be held up by stores to addresses that end in the same 12 bits.
+  alignas(64) uint16_t weights[kTileRows * kColumns];
   alignas(64) float sums[2][kSumsPerBlock<C>][kTileFloats];
   float scales[2][kTileRows][kSumsPerBlock<C>];
 
-  void DecodeBlock(const Rows<C>& rows, int64_t block) {
+  inline __attribute__((always_inline)) void Decode(const Rows<C>& rows, int64_t block, int64_t half) {
     for (int64_t r = 0; r < rows.count; ++r) {
-      rows.Decode(r, block, weights[block & 1] + r * kColumns, scales[block & 1][r], kAhead);
+      rows.Decode(r, block, half, weights + r * kColumns + half * kHalf, kAhead);
     }
   }
 
-  inline __attribute__((always_inline)) void MultiplyBlock(int64_t block, const uint16_t* packed,
-                                                           int64_t tokens) {
-    const uint16_t* from = weights[block & 1];
-    packed += block * kColumns * tokens;
-#pragma GCC unroll 4
-    for (int step = 0; step < kSteps; ++step) {
-      if (kScalesSums<C> && step % kStepsPerSum<C> == 0) _tile_zero(0);
-      _tile_loadd(4, from + step * kTileColumns, kColumns * 2);
-      _tile_loadd(6, packed + step * kTileColumns * tokens, 4 * tokens);
-      _tile_dpbf16ps(0, 4, 6);
-      if (kScalesSums<C> && (step + 1) % kStepsPerSum<C> == 0) {
-        _tile_stored(0, sums[block & 1][step / kStepsPerSum<C>], kTileStride);
-      }
+  inline __attribute__((always_inline)) void ReadScales(const Rows<C>& rows, int64_t block) {
+    for (int64_t r = 0; r < rows.count; ++r) rows.ReadScales(r, block, scales[block & 1][r]);
+  }
+
+  inline __attribute__((always_inline)) void MultiplyStep(int64_t block, int step, const uint16_t* packed,
+                                                          int64_t tokens) {
+    if (kScalesSums<C> && step % kStepsPerSum<C> == 0) _tile_zero(0);
+    _tile_loadd(4, weights + step * kTileColumns, kColumns * 2);
+    _tile_loadd(6, packed + (block * kColumns + step * kTileColumns) * tokens, 4 * tokens);
+    _tile_dpbf16ps(0, 4, 6);
+    if (kScalesSums<C> && (step + 1) % kStepsPerSum<C> == 0) {
+      _tile_stored(0, sums[block & 1][step / kStepsPerSum<C>], kTileStride);
     }
   }
 
   inline __attribute__((always_inline)) void AddSums(int64_t block, __m512* totals) const {
-    if constexpr (!kScalesSums<C>) return;
+    if constexpr (kScalesSums<C>) {
 #pragma GCC unroll 4
-    for (int s = 0; s < kSumsPerBlock<C>; ++s) {
+      for (int s = 0; s < kSumsPerBlock<C>; ++s) {
 #pragma GCC unroll 16
-      for (int r = 0; r < kTileRows; ++r) {
-        totals[r] = _mm512_fmadd_ps(_mm512_load_ps(sums[block & 1][s] + r * kTileTokens),
-                                    _mm512_set1_ps(scales[block & 1][r][s]), totals[r]);
+        for (int r = 0; r < kTileRows; ++r) {
+          totals[r] = _mm512_fmadd_ps(_mm512_load_ps(sums[block & 1][s] + r * kTileTokens),
+                                      _mm512_set1_ps(scales[block & 1][r][s]), totals[r]);
+        }
       }
     }
   }
@@ -220,15 +236,23 @@ struct FewTokens {
     const int64_t blocks = RoundUpDiv(rows.cols, kColumns);
     // Tiles leave the places of absent tokens alone: zeros there are quick to add, chance is not.
     __builtin_memset(sums, 0, sizeof sums);
+    __builtin_memset(scales, 0, sizeof scales);
     __m512 totals[kTileRows];
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r) totals[r] = _mm512_setzero_ps();
     _tile_zero(0);
-    DecodeBlock(rows, 0);
+    Decode(rows, 0, 0);
+    Decode(rows, 0, 1);
+    ReadScales(rows, 0);
     for (int64_t block = 0; block < blocks; ++block) {
-      MultiplyBlock(block, packed, tokens);
+      MultiplyStep(block, 0, packed, tokens);
+      MultiplyStep(block, 1, packed, tokens);
       if (block > 0) AddSums(block - 1, totals);
-      if (block + 1 < blocks) DecodeBlock(rows, block + 1);
+      if (block + 1 < blocks) ReadScales(rows, block + 1);
+      if (block + 1 < blocks) Decode(rows, block + 1, 0);
+      MultiplyStep(block, 2, packed, tokens);
+      MultiplyStep(block, 3, packed, tokens);
+      if (block + 1 < blocks) Decode(rows, block + 1, 1);
     }
     if constexpr (kScalesSums<C>) {
       AddSums(blocks - 1, totals);
@@ -284,8 +308,10 @@ struct ManyTokens {
   void Decode(const Rows<C>& rows, int64_t first, int64_t column, int64_t steps, int64_t ahead) {
     for (int64_t r = first; r < Smaller(first + kRows, rows.count); ++r) {
       for (int64_t b = 0; b < steps / kSteps; ++b) {
-        rows.Decode(r, column / kColumns + b, weights + (r - first) * kPanelColumns + b * kColumns,
-                    scales[r - first][b], ahead);
+        uint16_t* to = weights + (r - first) * kPanelColumns + b * kColumns;
+        rows.Decode(r, column / kColumns + b, 0, to, ahead);
+        rows.Decode(r, column / kColumns + b, 1, to + kHalf, ahead);
+        rows.ReadScales(r, column / kColumns + b, scales[r - first][b]);
       }
     }
   }

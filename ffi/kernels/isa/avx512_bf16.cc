@@ -1,4 +1,4 @@
-// AVX-512 with VBMI and BF16.
+// AVX-512 with VBMI, GFNI and BF16.
 
 #include "kernels/isa/avx512_bf16.h"
 

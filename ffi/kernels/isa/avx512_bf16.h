@@ -1,5 +1,5 @@
-// The vocabulary of AVX-512 with VBMI and BF16: weights become bfloat16 by look-ups, and two products go into
-// every lane at once. (AMX decodes with it too.)
+// The vocabulary of AVX-512 with VBMI, GFNI and BF16: weights become bfloat16 by bit matrices and look-ups,
+// and two products go into every lane at once. (AMX decodes with it too.)
 #pragma once
 
 #include <immintrin.h>
@@ -12,7 +12,7 @@ namespace hmoe {
 namespace {
 
 struct Avx512Bf16 : Spread512 {
-  static constexpr DecodeWay kWay = DecodeWay::kByteLookUp;
+  static constexpr DecodeWay kWay = DecodeWay::kBytes;
   static constexpr int kLanes = 16, kWidth = 32, kStep = 64, kOperands = 2, kNibbleStep = 128;
   static constexpr int kTile = 8, kBlockRows = 4, kBlockTokens = 3;
   static constexpr double kMultiplyCycles = 1;  // 0.5 on Zen 5, 1 on Zen 4, 2 on Sapphire Rapids
@@ -29,6 +29,15 @@ struct Avx512Bf16 : Spread512 {
   }
 
   static Bytes LoadBytes(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }
+  static Bytes AddBytes(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
+  static bool AllWithin(Bytes x, int least, int most) {
+    const Bytes above = _mm512_sub_epi8(x, _mm512_set1_epi8(static_cast<char>(least)));
+    return _mm512_cmpgt_epu8_mask(above, _mm512_set1_epi8(static_cast<char>(most - least))) == 0;
+  }
+  template <int kFlipped>
+  static Bytes Affine(Bytes x, uint64_t matrix) {
+    return _mm512_gf2p8affine_epi64_epi8(x, _mm512_set1_epi64(static_cast<long long>(matrix)), kFlipped);
+  }
   static Bytes LookUp(const uint8_t* table, Bytes index) {
     return _mm512_permutex2var_epi8(_mm512_load_si512(table), index, _mm512_load_si512(table + 64));
   }
