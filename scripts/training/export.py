@@ -51,7 +51,7 @@ def write_folder(
     The folder is replaced as a whole, at the end: an engine that has it mapped keeps what it has.
     """
     fields = {**fields, "quantization_config": _FP8_CONFIG} if fp8 else fields
-    with _replacing(folder) as new:
+    with replacing(folder) as new:
         _write_json(new / "config.json", fields)
         tensors = dict(_tensors(fields, weights, experts))
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
@@ -131,7 +131,7 @@ def through_fp8(weights: Weights, experts: ExpertWeights, fields: dict[str, Any]
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path) -> Iterator[Path]:
     """A new folder that takes the place of `folder` at the end, if all went well."""
     partial, old = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
     for leftover in (partial, old):

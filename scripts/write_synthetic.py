@@ -1,0 +1,69 @@
+"""Writes a model folder with DeepSeek-V3's true layer shapes, few layers and experts, and random weights.
+
+For benchmarks: it says nothing, but reads from memory what the real model reads in as many layers, and its experts
+are as unequally busy as a real model's. The tokenizer is the embedded model's, so that every script runs on the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+from absl import flags
+from flags import EMBEDDED_MODEL, REPOSITORY, run_main
+from synthetic.fields import CODECS, Size, synthetic_fields
+from synthetic.shards import write_shards
+from synthetic.weights import RandomWeights
+from tqdm import tqdm
+from training.export import replacing
+
+from hmoe_jax.checkpoint.index import open_checkpoint
+from hmoe_jax.config import parse_config
+from hmoe_jax.exec.load import check_checkpoint
+
+_OUT = flags.DEFINE_string("out", None, "The folder to write; one that exists is replaced.", required=True)
+_DENSE_LAYERS = flags.DEFINE_integer("dense_layers", 1, "Layers without experts, at the start.", lower_bound=0)
+_MOE_LAYERS = flags.DEFINE_integer("moe_layers", 2, "Layers with routed experts.", lower_bound=1)
+_EXPERTS = flags.DEFINE_integer("experts", 32, "Routed experts per layer, in 8 groups.", lower_bound=16)
+_VOCAB_SIZE = flags.DEFINE_integer(
+    "vocab_size", 4096, "Rows of embedding and head; the tokenizer knows the first 4,096.", lower_bound=4096
+)
+_MAX_LEN = flags.DEFINE_integer("max_len", 16384, "Longest sequence that the config allows.", lower_bound=1)
+_CODEC = flags.DEFINE_enum("codec", "fp8_block", CODECS, "Number format of the projections and experts.")
+_SKEW = flags.DEFINE_float(
+    "skew", 0.5, "The r-th busiest expert is chosen in proportion to r to the power of minus this.", lower_bound=0.0
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of all weights.", lower_bound=0)
+
+
+def main() -> None:
+    size = Size(
+        num_dense_layers=_DENSE_LAYERS.value,
+        num_moe_layers=_MOE_LAYERS.value,
+        num_experts=_EXPERTS.value,
+        vocab_size=_VOCAB_SIZE.value,
+        max_len=_MAX_LEN.value,
+        codec=_CODEC.value,
+    )
+    fields = synthetic_fields(REPOSITORY / "models" / "deepseek-v3", size)
+    config = parse_config(fields)
+    begin = time.perf_counter()
+    weights = RandomWeights(config, seed=_SEED.value, skew=_SKEW.value)
+    with replacing(Path(_OUT.value)) as folder:
+        (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            shutil.copyfile(EMBEDDED_MODEL / name, folder / name)
+        with tqdm(desc="writing", unit="B", unit_scale=True, disable=None) as bar:
+            for num_bytes in write_shards(folder, weights):
+                bar.update(num_bytes)
+        with open_checkpoint(folder) as checkpoint:
+            check_checkpoint(config, checkpoint)
+            total = checkpoint.total_bytes
+    seconds = time.perf_counter() - begin
+    print(f"{_OUT.value}: {total / 1e9:.2f} GB of {_CODEC.value} in {seconds:.1f} s, {total / seconds / 1e9:.2f} GB/s")
+
+
+if __name__ == "__main__":
+    run_main(main)
