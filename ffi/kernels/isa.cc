@@ -14,13 +14,15 @@ struct Entry {
 // known.
 constexpr Entry kEntries[] = {
 #if defined(__x86_64__)
+    // Tiles serve latent attention; the projections of this tier are those of the next.
+    {{"amx", &kAvx512Bf16Kernels}, [](const CpuFeatures& cpu) { return cpu.amx; }},
     {{"avx512_bf16", &kAvx512Bf16Kernels}, [](const CpuFeatures& cpu) { return cpu.avx512_bf16; }},
     {{"avx512", &kAvx512Kernels}, [](const CpuFeatures& cpu) { return cpu.avx512; }},
     {{"avx2", &kAvx2Kernels}, [](const CpuFeatures& cpu) { return cpu.avx2; }},
 #endif
     {{"scalar", &kScalarKernels}, [](const CpuFeatures&) { return true; }},
 };
-constexpr const char* kNames[] = {"avx512_bf16", "avx512", "avx2", "scalar"};
+constexpr const char* kNames[] = {"amx", "avx512_bf16", "avx512", "avx2", "scalar"};
 
 std::vector<const Isa*> Offered() {
   const CpuFeatures cpu = DetectCpu();

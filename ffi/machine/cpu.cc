@@ -5,6 +5,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace hmoe {
@@ -34,6 +36,12 @@ uint64_t SavedStates(const Leaf& leaf1) {
   return uint64_t{high} << 32 | low;
 }
 
+// Linux gives a process the 8 KB of tile registers when it asks for them, for all its threads.
+bool AllowTiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
 }  // namespace
 
 CpuFeatures DetectCpu() {
@@ -48,6 +56,8 @@ CpuFeatures DetectCpu() {
   features.avx512 = features.avx2 && saves_zmm && Bit(leaf7.ebx, 16) && Bit(leaf7.ebx, 17) &&
                     Bit(leaf7.ebx, 30) && Bit(leaf7.ebx, 31);
   features.avx512_bf16 = features.avx512 && Bit(leaf7.ecx, 1) && Bit(leaf7_1.eax, 5);
+  features.amx = features.avx512_bf16 && (saved & 0x60000) == 0x60000 && Bit(leaf7.edx, 22) &&
+                 Bit(leaf7.edx, 24) && AllowTiles();
   return features;
 }
 

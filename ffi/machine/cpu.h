@@ -9,6 +9,7 @@ struct CpuFeatures {
   bool avx2 = false;         // AVX2, FMA and F16C
   bool avx512 = false;       // F, BW, VL and DQ
   bool avx512_bf16 = false;  // the above, VBMI and BF16
+  bool amx = false;          // the above, and tiles of BF16 that the system lets this process use
 };
 
 CpuFeatures DetectCpu();

@@ -50,7 +50,7 @@ def test_an_unavailable_isa_is_refused_with_those_that_are():
     for isa in set(_native.all_isa_names()) - set(available_isas()):
         with pytest.raises(ValueError, match=f"isa '{isa}' is not available on this machine, which offers .*scalar"):
             ThreadPool(1, isa=isa)
-    with pytest.raises(ValueError, match="isa 'mmx' is unknown: expected auto, avx512_bf16, avx512, avx2, scalar"):
+    with pytest.raises(ValueError, match="isa 'mmx' is unknown: expected auto, amx, avx512_bf16, avx512, avx2, scalar"):
         ThreadPool(1, isa="mmx")
 
 
