@@ -54,7 +54,7 @@ class Mlp:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Moe:
-    """`router [e, d]` and `router_bias [e]` in FP32. The routed experts are not here: see the executors."""
+    """`router [e, d]` in BF16 or FP32, `router_bias [e]` in FP32. The routed experts are the executors'."""
 
     router: Any
     router_bias: Any
@@ -150,7 +150,8 @@ def front(
     residual, cache = _attention_block(config, layer, x, tokens, cache, attend)
     hidden = rms_norm(residual, layer.mlp_norm, config.norm_eps)
     with jax.named_scope("router"):
-        ids, weights = route(config, hidden, layer.mlp.router, layer.mlp.router_bias)
+        pool = layer.mlp.shared.gate.pool
+        ids, weights = route(config, hidden, layer.mlp.router, layer.mlp.router_bias, pool=pool)
         ids = jnp.where(tokens.valid[:, None], ids, -1)
     return Seam(residual, hidden, ids, weights), cache
 

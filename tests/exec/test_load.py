@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_fp8_stays_fp8_routers_are_fp32_and_the_rest_has_the_wanted_dtype(folder: Path, dtype: str) -> None:
+def test_fp8_stays_fp8_routing_biases_are_fp32_and_the_rest_has_the_wanted_dtype(folder: Path, dtype: str) -> None:
     told = []
     config = read_config(folder)
     with open_checkpoint(folder) as checkpoint:
@@ -33,7 +33,8 @@ def test_fp8_stays_fp8_routers_are_fp32_and_the_rest_has_the_wanted_dtype(folder
     assert (first.attention.o.weight.dtype, first.attention.o.scale) == (dtype, None)
     assert second.attention.o.weight.dtype == "float8_e4m3fn"
     assert (first.attention.kv_b.key.dtype, first.attention_norm.dtype, weights.embed.dtype) == (dtype,) * 3
-    assert (first.mlp.router.dtype, first.mlp.router_bias.dtype) == (np.float32, np.float32)
+    assert (first.mlp.router.dtype, first.mlp.router_bias.dtype) == (dtype, np.float32)
+    assert first.attention.kv_b.pool == 7
     assert first.mlp.shared.gate.weight.dtype == "float8_e4m3fn"
     projections = jax.tree.leaves(weights, is_leaf=lambda node: isinstance(node, Projection))
     assert {node.pool for node in projections if isinstance(node, Projection)} == {7}
