@@ -10,6 +10,8 @@ std::string DtypeName(ffi::DataType dtype) {
   switch (dtype) {
     case ffi::DataType::U8:
       return "uint8";
+    case ffi::DataType::U16:
+      return "uint16";
     case ffi::DataType::S32:
       return "int32";
     case ffi::DataType::S64:

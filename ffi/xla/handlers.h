@@ -13,4 +13,11 @@ extern XLA_FFI_Handler* const kMoeExpertsHandler;
 // codec string; result [t, out] f32.
 extern XLA_FFI_Handler* const kLinearHandler;
 
+// nope [t, h, n], rope [t, h, p], key [h, n, r], value [h, v, r] bf16, cache [pages, slots, r + p] u16,
+// tables [t, pages each] s32, positions [t] s32; attributes pool s64, scale f32; result [t, h, v] bf16.
+extern XLA_FFI_Handler* const kMlaAttentionHandler;
+
+// The same of one sequence: tables [pages] s32.
+extern XLA_FFI_Handler* const kMlaPrefillHandler;
+
 }  // namespace hmoe

@@ -22,6 +22,7 @@ from hmoe_jax.architectures.deepseek_v3_checkpoint import (
 from hmoe_jax.checkpoint.index import Checkpoint
 from hmoe_jax.checkpoint.specs import TensorSpec, check_scales, check_tensors
 from hmoe_jax.config import ModelConfig
+from hmoe_jax.nn.attention import UpProjections
 from hmoe_jax.nn.linear import Projection
 
 logger = logging.getLogger(__name__)
@@ -53,8 +54,9 @@ def load_weights(
 ) -> Weights:
     """Everything but the routed experts, copied to the default device and prepared.
 
-    FP8 projections stay FP8; router weights become FP32, everything else `dtype`. On the CPU platform the projections
-    are multiplied by the native thread pool with the id `pool`, or by XLA if it is None. `advance` is told bytes.
+    FP8 projections stay FP8; router weights stay `dtype` if they are, else they become FP32; everything else becomes
+    `dtype`. On the CPU platform the native thread pool with the id `pool` multiplies and attends, or XLA if it is None.
+    `advance` is told bytes.
     """
 
     def read(spec: TensorSpec) -> jax.Array:
@@ -83,7 +85,7 @@ def _cast(weights: Weights, dtype: DTypeLike) -> Weights:
             return node if node.scale is not None else replace(node, weight=node.weight.astype(dtype))
         if isinstance(node, Moe):
             wide = {
-                "router": node.router.astype(jnp.float32),
+                "router": node.router if node.router.dtype == dtype else node.router.astype(jnp.float32),
                 "router_bias": node.router_bias.astype(jnp.float32),
             }
             return replace(node, shared=jax.tree.map(cast, node.shared, is_leaf=is_special), **wide)
@@ -93,9 +95,7 @@ def _cast(weights: Weights, dtype: DTypeLike) -> Weights:
 
 
 def _set_pool(weights: Weights, pool: int | None) -> Weights:
-    def is_projection(node: object) -> bool:
-        return isinstance(node, Projection)
+    def has_pool(node: object) -> bool:
+        return isinstance(node, Projection | UpProjections)
 
-    return jax.tree.map(
-        lambda node: replace(node, pool=pool) if is_projection(node) else node, weights, is_leaf=is_projection
-    )
+    return jax.tree.map(lambda node: replace(node, pool=pool) if has_pool(node) else node, weights, is_leaf=has_pool)

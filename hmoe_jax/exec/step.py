@@ -15,7 +15,7 @@ from hmoe_jax.config import ModelConfig
 from hmoe_jax.core import record
 from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch
 from hmoe_jax.kv.pages import CacheLayout, read_chunk, write_latents
-from hmoe_jax.nn.attention import Context, Queries, UpProjections, attend_absorbed, attend_decompressed
+from hmoe_jax.nn.attention import Context, Pages, Queries, UpProjections, attend_absorbed, attend_decompressed
 from hmoe_jax.sampling import Sampled, SamplerState, report, sample
 
 
@@ -131,4 +131,5 @@ def _context(
         chunk_len=layout.chunk_len,
         num_chunks=positions.max() // layout.chunk_len + 1,
         positions=positions,
+        pages=Pages(cache, tables),
     )

@@ -11,24 +11,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, UInt
 
 from hmoe_jax.core import record
+from hmoe_jax.kernels.mla_attention import mla_attention
+from hmoe_jax.kernels.mla_prefill import mla_prefill
 from hmoe_jax.nn.einsum import einsum_f32
 
 
-@jax.tree_util.register_dataclass
+@partial(jax.tree_util.register_dataclass, data_fields=("key", "value"), meta_fields=("pool",))
 @dataclass(frozen=True)
 class UpProjections:
-    """How latents become keys and values: `key [h, n, r]`, `value [h, v, r]`."""
+    """How latents become keys and values: `key [h, n, r]`, `value [h, v, r]`.
+
+    `pool` names the native thread pool that attends with them on the CPU platform; None leaves it to XLA.
+    """
 
     key: Any
     value: Any
+    pool: int | None = None
 
 
 @record
@@ -40,19 +47,32 @@ class Queries:
     rope: Float[Array, "t h p"]
 
 
+@record
+@dataclass(frozen=True)
+class Pages:
+    """Where the latents lie: slot j of page `tables[t, i]` is position `i * slots + j` of sequence t, in bits.
+
+    One table without the axis t is that of the sequence of all tokens.
+    """
+
+    cache: UInt[Array, "pages slots w"]
+    tables: Int32[Array, "*t p"]
+
+
 @dataclass(frozen=True)
 class Context:
     """The cached latents that queries may look at.
 
     `chunk(i)` is chunk i: `[s, r+p]` shared by all queries, or `[t, s, r+p]` with a sequence of its own for each. Slot
     j of chunk i is position `i*s + j`; a query sees the slots up to its own position, itself included. Only the first
-    `num_chunks` (a traced scalar) are read.
+    `num_chunks` (a traced scalar) are read. `pages` tells native kernels where the same latents lie.
     """
 
     chunk: Callable[[Int32[Array, ""]], Float[Array, "*t s w"]]
     chunk_len: int
     num_chunks: Int32[Array, ""]
     positions: Int32[Array, " t"]
+    pages: Pages | None = None
 
 
 ScoresAndMix = tuple[Float[Array, "t h s"], Callable[[Array], Array]]
@@ -63,6 +83,37 @@ def attend_decompressed(
     queries: Queries, up: UpProjections, context: Context, *, scale: float
 ) -> Float[Array, "t h v"]:
     """Attention of all `t` tokens of one sequence. Scores and sums in FP32; the result has the queries' dtype."""
+    return _native_or_xla(mla_prefill, _attend_decompressed_xla, queries, up, context, scale=scale)
+
+
+def attend_absorbed(queries: Queries, up: UpProjections, context: Context, *, scale: float) -> Float[Array, "t h v"]:
+    """Attention of `t` sequences with one new token each. Dtypes as for `attend_decompressed`."""
+    return _native_or_xla(mla_attention, _attend_absorbed_xla, queries, up, context, scale=scale)
+
+
+def _native_or_xla(
+    kernel: Callable[..., Array],
+    plain: Callable[..., Array],
+    queries: Queries,
+    up: UpProjections,
+    context: Context,
+    *,
+    scale: float,
+) -> Float[Array, "t h v"]:
+    pages, pool = context.pages, up.pool
+    if pool is None or pages is None or queries.nope.dtype != jnp.bfloat16:
+        return plain(queries, up, context, scale=scale)
+
+    def native(queries: Queries, up: UpProjections) -> Array:
+        operands = (queries.nope, queries.rope, up.key, up.value, pages.cache, pages.tables, context.positions)
+        return kernel(*operands, scale=scale, pool=pool)
+
+    return lax.platform_dependent(queries, up, cpu=native, default=partial(plain, context=context, scale=scale))
+
+
+def _attend_decompressed_xla(
+    queries: Queries, up: UpProjections, context: Context, *, scale: float
+) -> Float[Array, "t h v"]:
     rank = up.key.shape[-1]
 
     def scores_and_values(latents: Float[Array, "s w"]) -> ScoresAndMix:
@@ -75,8 +126,9 @@ def attend_decompressed(
     return _online_softmax(scores_and_values, queries, context, width=up.value.shape[1], scale=scale)
 
 
-def attend_absorbed(queries: Queries, up: UpProjections, context: Context, *, scale: float) -> Float[Array, "t h v"]:
-    """Attention of `t` sequences with one new token each. Dtypes as for `attend_decompressed`."""
+def _attend_absorbed_xla(
+    queries: Queries, up: UpProjections, context: Context, *, scale: float
+) -> Float[Array, "t h v"]:
     rank = up.key.shape[-1]
     absorbed = einsum_f32("thn,hnr->thr", queries.nope, up.key).astype(queries.nope.dtype)
     query = jnp.concatenate([absorbed, queries.rope], axis=-1)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmoe_jax.nn.attention import Context, Queries, UpProjections, attend_absorbed, attend_decompressed
+from hmoe_jax.kernels.pool import ThreadPool
+from hmoe_jax.nn.attention import Context, Pages, Queries, UpProjections, attend_absorbed, attend_decompressed
 
 HEADS, NOPE, ROPE, VALUE, RANK = 3, 5, 4, 7, 11
 SCALE = 0.4
@@ -172,3 +175,41 @@ def test_absorbed_queries_look_at_their_own_sequence() -> None:
     context = context_of(together.latents, together.positions, chunk_len=4, num_chunks=None, dtype=jnp.float32)
     got = np.asarray(attend_absorbed(together.queries(), together.up(), context, scale=SCALE))
     np.testing.assert_allclose(got, np.concatenate([first.formula(), second.formula()]), atol=FP32_TOLERANCE)
+
+
+SLOTS = 4
+
+
+def in_pages(latents: np.ndarray, *, table_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """(pages, tables) that hold the latents `[t, s, w]` of each sequence; what else is there is NaN."""
+    count, width = len(latents), latents.shape[-1]
+    tables = np.random.default_rng(0).permutation(1 + count * table_len)[1:].reshape(count, table_len)
+    pages = np.full((1 + count * table_len, SLOTS, width), np.nan, np.float32)
+    for table, each in zip(tables, latents, strict=True):
+        padded = np.full((table_len * SLOTS, width), np.nan, np.float32)
+        padded[: len(each)] = each
+        pages[table] = padded.reshape(table_len, SLOTS, width)
+    return pages, tables.astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("attend", "name"),
+    [(attend_absorbed, "decode"), (attend_decompressed, "prefill"), (attend_decompressed, "later piece")],
+)
+def test_a_pool_attends_to_pages_as_xla_does(attend: Callable[..., jax.Array], name: str) -> None:
+    case, is_decode = CASES[name], attend is attend_absorbed
+    latents = np.broadcast_to(case.latents, (len(case.positions) if is_decode else 1, *case.latents.shape))
+    pages, tables = in_pages(latents, table_len=5)
+    bits = jax.lax.bitcast_convert_type(jnp.asarray(pages, jnp.bfloat16), jnp.uint16)
+    context = replace(
+        context_of(
+            latents if is_decode else case.latents, case.positions, chunk_len=4, num_chunks=None, dtype=jnp.bfloat16
+        ),
+        pages=Pages(bits, jnp.asarray(tables if is_decode else tables[0])),
+    )
+    queries, up = case.queries(jnp.bfloat16), case.up(jnp.bfloat16)
+    plain = np.asarray(attend(queries, up, context, scale=SCALE), np.float32)
+    with ThreadPool(1) as pool:
+        native = np.asarray(attend(queries, replace(up, pool=pool.id), context, scale=SCALE), np.float32)
+    # Both round at the same places; FP32 sums of another order move some of the four roundings to the neighbour.
+    assert np.abs(native - plain).max() <= 4 * 2.0**-8 * np.abs(plain).max()
