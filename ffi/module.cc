@@ -133,6 +133,7 @@ NB_MODULE(_native, m) {
   using namespace hmoe;
   m.def("moe_experts", [] { return Capsule(kMoeExpertsHandler); });
   m.def("linear", [] { return Capsule(kLinearHandler); });
+  m.def("mla_prefill", [] { return Capsule(kMlaPrefillHandler); });
   m.def("mla_attention", [] { return Capsule(kMlaAttentionHandler); });
   m.def("isa_names", &OfferedIsaNames);
   m.def("all_isa_names", &AllIsaNames);

@@ -18,6 +18,9 @@ from jaxtyping import Array, Bool, Float32, Int32, UInt32
 from hmoe_jax.core import AnyArray, record
 from hmoe_jax.sampling_params import MAX_LOGPROBS, SamplingParams
 
+NUM_CANDIDATES = 1024
+"""Tokens among which the cut is looked for first. Of a trained model's text the nucleus of 0.95 has tens."""
+
 
 @record
 @dataclass(frozen=True)
@@ -167,7 +170,9 @@ def _draw(rows: SamplerState, logits: Float32[Array, "b v"]) -> Int32[Array, " b
     scaled = logits / jnp.where(is_greedy, 1.0, rows.temperature)[:, None]
     is_cut = (rows.top_k < logits.shape[-1]) | (rows.top_p < 1) | (rows.min_p > 0)
     kept = lax.cond(jnp.any(is_cut & ~is_greedy), _cut, lambda rows, scaled: scaled, rows, scaled)
-    drawn = jnp.argmax(kept + _noise(rows, logits.shape[-1]), axis=-1).astype(jnp.int32)
+    # Without the barrier XLA:CPU makes the noise inside the loop of the argmax, one number at a time.
+    noisy = lax.optimization_barrier(kept + _noise(rows, logits.shape[-1]))
+    drawn = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
     return jnp.where(is_greedy, _greedy(rows, logits), drawn)
 
 
@@ -182,16 +187,50 @@ def _noise(rows: SamplerState, vocab_size: int) -> Float32[Array, "b v"]:
 
 
 def _cut(rows: SamplerState, scaled: Float32[Array, "b v"]) -> Float32[Array, "b v"]:
-    """-inf for all tokens outside min-p, top-k and (of what those leave) top-p. The best token always stays."""
+    """-inf for all tokens outside min-p, top-k and (of what those leave) top-p. The best token always stays.
+
+    A token is outside the nucleus if it and all less probable ones together hold at most 1 - top_p. Looked for among
+    the best tokens first: sorting a vocabulary of 129,280 takes 50 ms, finding its best 1,024 one.
+    """
     best = scaled.max(axis=-1, keepdims=True)
     kept = jnp.where(scaled < best + jnp.log(rows.min_p)[:, None], -jnp.inf, scaled)
+    least, is_found = _least_of_best(rows, kept)
+    needs_all = ~is_found & (rows.temperature > 0)
+    # A row's result is the same whichever rows are beside it, as each takes its own of the two.
+    least_of_all = lax.cond(jnp.any(needs_all), _least_of_all, lambda rows, kept: least, rows, kept)
+    return jnp.where(kept < jnp.where(is_found, least, least_of_all)[:, None], -jnp.inf, kept)
+
+
+def _least_of_best(rows: SamplerState, kept: Float32[Array, "b v"]) -> tuple[Float32[Array, " b"], Bool[Array, " b"]]:
+    """The least logit that top-k and top-p keep, and whether it lies among the best tokens."""
+    vocab_size = kept.shape[-1]
+    count = min(NUM_CANDIDATES, vocab_size)
+    # Without the barrier XLA:CPU sorts everything: it knows its fast top-k by the one slice that is taken of a sort.
+    ordered = lax.optimization_barrier(lax.top_k(kept, count)[0])
+    # Tokens as good as the last one may lie outside, unless nothing does.
+    last = ordered[:, -1] if count < vocab_size else jnp.full(kept.shape[0], -jnp.inf)
+    has_k = rows.top_k < vocab_size
+    kth = jnp.take_along_axis(ordered, jnp.minimum(rows.top_k, count)[:, None] - 1, axis=1)[:, 0]
+    kth = jnp.where(has_k, kth, -jnp.inf)
+    is_kth_found = ~has_k | ((rows.top_k <= count) & ((kth > last) | (count == vocab_size)))
+    mass = jnp.exp(ordered - ordered[:, :1]) * (ordered >= kth[:, None])
+    total = jnp.where(has_k, mass.sum(axis=-1), jnp.exp(kept - ordered[:, :1]).sum(axis=-1))
+    before = jnp.cumsum(mass, axis=-1) - mass
+    num_inside = jnp.sum(before < (rows.top_p * total)[:, None], axis=-1)
+    edge = jnp.take_along_axis(ordered, jnp.maximum(num_inside, 1)[:, None] - 1, axis=1)[:, 0]
+    has_p = rows.top_p < 1
+    is_edge_found = ~has_p | (edge > last) | (count == vocab_size)
+    return jnp.maximum(kth, jnp.where(has_p, edge, -jnp.inf)), is_kth_found & is_edge_found
+
+
+def _least_of_all(rows: SamplerState, kept: Float32[Array, "b v"]) -> Float32[Array, " b"]:
+    """The least logit that top-k and top-p keep, from the whole vocabulary in order."""
     ascending = jnp.sort(kept, axis=-1)
-    vocab_size = scaled.shape[-1]
-    least = jnp.take_along_axis(ascending, (vocab_size - rows.top_k)[:, None], axis=1)
-    ascending = jnp.where(ascending < least, -jnp.inf, ascending)
-    # A token is outside the nucleus if it and all less probable ones together hold at most 1 - top_p.
+    vocab_size = kept.shape[-1]
+    kth = jnp.take_along_axis(ascending, (vocab_size - rows.top_k)[:, None], axis=1)
+    ascending = jnp.where(ascending < kth, -jnp.inf, ascending)
     mass = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
     outside = mass <= (1.0 - rows.top_p)[:, None]
     outside = outside.at[:, -1].set(False)
-    threshold = jnp.take_along_axis(ascending, jnp.sum(outside, axis=-1, keepdims=True), axis=1)
-    return jnp.where(kept < jnp.maximum(least, threshold), -jnp.inf, kept)
+    edge = jnp.take_along_axis(ascending, jnp.sum(outside, axis=-1, keepdims=True), axis=1)
+    return jnp.maximum(kth, edge)[:, 0]

@@ -1,8 +1,8 @@
 """Whole CPU-only steps against the hardware's limits, measured in the same run: decode and DRAM, prefill and dot peak.
 
-The bound of a decode step is all bytes that it has to read (each weight of the dense parts and of the chosen experts once,
-and the cache) over the read bandwidth; that of a prefill is its multiply-adds over the peak. Run it on a folder that
-`write_synthetic.py` wrote.
+The bound of a decode step is all bytes that it has to read (each weight of the dense parts and of the chosen experts
+once, and the cache) over the read bandwidth; that of a prefill is its multiply-adds over the peak. Run it on a folder
+that `write_synthetic.py` wrote.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 from absl import flags
 from decoding import report
 from decoding.timing import DecodeResult, PrefillResult, time_decode, time_prefill
-from flags import JSON, MODEL, REPOSITORY, engine_options, print_json, read_text, run_main
+from flags import MODEL, REPOSITORY, engine_options
+from mains import JSON, print_json, read_text, run_main
 from synthetic.shards import cut
 
 from hmoe_jax.config import read_config

@@ -1,7 +1,7 @@
 """Writes a model folder with DeepSeek-V3's true layer shapes, few layers and experts, and random weights.
 
-For benchmarks: it says nothing, but reads from memory what the real model reads in as many layers, and its experts are as
-unequally busy as a real model's. The tokenizer is the embedded model's, so that every script runs on the folder.
+For benchmarks: it says nothing, but reads from memory what the real model reads in as many layers, and its experts
+are as unequally busy as a real model's. The tokenizer is the embedded model's, so that every script runs on the folder.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from absl import flags
-from flags import EMBEDDED_MODEL, REPOSITORY, run_main
+from flags import EMBEDDED_MODEL, REPOSITORY
+from mains import run_main
 from synthetic.fields import CODECS, Size, synthetic_fields
 from synthetic.shards import write_shards
 from synthetic.weights import RandomWeights

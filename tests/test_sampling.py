@@ -110,6 +110,20 @@ def test_the_kept_tokens_are_those_of_the_reference(cut: dict[str, Any]) -> None
     assert kept(logits, params) == kept_by_reference(logits, params)
 
 
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("num_candidates", [1, 4, VOCAB - 1])
+def test_a_cut_among_the_best_tokens_is_that_of_the_whole_vocabulary(
+    monkeypatch: pytest.MonkeyPatch, cut: dict[str, Any], num_candidates: int
+) -> None:
+    monkeypatch.setattr(sampling, "NUM_CANDIDATES", num_candidates)
+    rows = jax.tree.map(lambda value: value[:ROWS], stack([row(SamplingParams(**cut))]))
+    logits = random_logits(3)
+    logits[:, 7] = logits[:, 8] = logits.max(axis=1)  # equal ones on the edge of the candidates
+    left = np.asarray(sampling._cut(rows, jnp.asarray(logits)))
+    sets = [set(np.flatnonzero(np.isfinite(each)).tolist()) for each in left]
+    assert sets == kept_by_reference(logits, SamplingParams(**cut))
+
+
 def test_without_a_cut_everything_is_kept() -> None:
     assert kept(random_logits(4), SamplingParams()) == [set(range(VOCAB))] * ROWS
 

@@ -267,27 +267,31 @@ void Call::CombineParts(int64_t token, int64_t head, float* mixed) const {
                    mixed);
 }
 
-Status CheckPages(const MlaAttentionArgs& args) {
+}  // namespace
+
+Status CheckPages(const MlaAttentionArgs& args, bool shared_table) {
+  const int64_t covered = args.table_len * args.page_size;
+  int64_t num_checked = 0;  // pages of a shared table that are known to be there
   for (int64_t t = 0; t < args.tokens; ++t) {
-    const int64_t position = args.positions[t], covered = args.table_len * args.page_size;
+    const int64_t position = args.positions[t], row = shared_table ? 0 : t;
     if (position < 0 || position >= covered) {
       return Fail("positions[", t, "]: expected 0 <= position < ", covered, ", which the table covers, got ",
                   position);
     }
-    for (int64_t i = 0; i <= position / args.page_size; ++i) {
-      const int64_t page = args.tables[t * args.table_len + i];
+    if (!shared_table) num_checked = 0;
+    for (; num_checked <= position / args.page_size; ++num_checked) {
+      const int64_t page = args.tables[row * args.table_len + num_checked];
       if (page < 0 || page >= args.num_pages) {
-        return Fail("tables[", t, ", ", i, "]: expected 0 <= page < ", args.num_pages, ", got ", page);
+        return Fail("tables[", row, ", ", num_checked, "]: expected 0 <= page < ", args.num_pages, ", got ",
+                    page);
       }
     }
   }
   return {};
 }
 
-}  // namespace
-
 Status MlaAttention(ThreadPool& pool, const MlaKernels& kernels, const MlaAttentionArgs& args) {
-  if (Status s = CheckPages(args); !s.ok()) return s;
+  if (Status s = CheckPages(args, /*shared_table=*/false); !s.ok()) return s;
   if (args.tokens == 0 || args.heads == 0) return {};
   ThreadPool::Session session(pool);
   Call(kernels, args, session).Run();

@@ -26,8 +26,11 @@ struct MlaAttentionArgs {
   float scale = 1.0f;  // of the scores
 };
 
-// Fails for a position that its table does not cover and for a page that the cache does not have. The bits of
-// a token's row depend on that token and its sequence alone: not on the others, nor on the number of threads.
+// Fails for a position that the table does not cover and for a page that the cache does not have.
+Status CheckPages(const MlaAttentionArgs& args, bool shared_table);
+
+// Fails as CheckPages. The bits of a token's row depend on that token and its sequence alone: not on the
+// others, nor on the number of threads.
 Status MlaAttention(ThreadPool& pool, const MlaKernels& kernels, const MlaAttentionArgs& args);
 
 }  // namespace hmoe

@@ -17,4 +17,7 @@ extern XLA_FFI_Handler* const kLinearHandler;
 // tables [t, pages each] s32, positions [t] s32; attributes pool s64, scale f32; result [t, h, v] bf16.
 extern XLA_FFI_Handler* const kMlaAttentionHandler;
 
+// The same of one sequence: tables [pages] s32.
+extern XLA_FFI_Handler* const kMlaPrefillHandler;
+
 }  // namespace hmoe

@@ -1,7 +1,8 @@
-// Adapter: XLA buffers to hmoe::MlaAttention.
+// Adapter: XLA buffers to hmoe::MlaAttention and hmoe::MlaPrefill.
 
 #include "kernels/mla_attention.h"
 
+#include "kernels/mla_prefill.h"
 #include "store/registry.h"
 #include "xla/arguments.h"
 #include "xla/handlers.h"
@@ -14,7 +15,7 @@ struct Operands {
 };
 
 // Sizes come from the arguments that have all of their dimensions free; the others have to agree.
-Status ReadSizes(const Operands& given, MlaAttentionArgs& args) {
+Status ReadSizes(const Operands& given, bool shared_table, MlaAttentionArgs& args) {
   if (Status s = CheckArgument("nope", given.nope, {ffi::BF16}, {kAnySize, kAnySize, kAnySize}); !s.ok())
     return s;
   const auto nope = given.nope.dimensions();
@@ -32,18 +33,21 @@ Status ReadSizes(const Operands& given, MlaAttentionArgs& args) {
   if (Status s = CheckArgument("cache", given.cache, {ffi::U16}, {kAnySize, kAnySize, width}); !s.ok())
     return s;
   args.num_pages = given.cache.dimensions()[0], args.page_size = given.cache.dimensions()[1];
-  if (Status s = CheckArgument("tables", given.tables, {ffi::S32}, {args.tokens, kAnySize}); !s.ok())
-    return s;
-  args.table_len = given.tables.dimensions()[1];
+  Status tables = shared_table ? CheckArgument("tables", given.tables, {ffi::S32}, {kAnySize})
+                               : CheckArgument("tables", given.tables, {ffi::S32}, {args.tokens, kAnySize});
+  if (!tables.ok()) return tables;
+  args.table_len = given.tables.dimensions().back();
   if (Status s = CheckArgument("positions", given.positions, {ffi::S32}, {args.tokens}); !s.ok()) return s;
   return CheckArgument("result", given.out, {ffi::BF16}, {args.tokens, args.heads, args.value_dim});
 }
 
-Status Run(const Operands& given, int64_t pool_id, float scale) {
+using Kernel = Status (*)(ThreadPool&, const MlaKernels&, const MlaAttentionArgs&);
+
+Status Run(const Operands& given, Kernel kernel, bool shared_table, int64_t pool_id, float scale) {
   const auto pool = Pools().Find(pool_id);
   if (!pool.ok()) return pool.error();
   MlaAttentionArgs args;
-  if (Status s = ReadSizes(given, args); !s.ok()) return s;
+  if (Status s = ReadSizes(given, shared_table, args); !s.ok()) return s;
   args.nope = DataOf<const uint16_t>(given.nope);
   args.rope = DataOf<const uint16_t>(given.rope);
   args.key = DataOf<const uint16_t>(given.key);
@@ -53,30 +57,42 @@ Status Run(const Operands& given, int64_t pool_id, float scale) {
   args.positions = DataOf<const int32_t>(given.positions);
   args.out = DataOf<uint16_t>(given.out);
   args.scale = scale;
-  return MlaAttention(*pool.value()->pool, MlaKernelsOf(pool.value()->isa.name), args);
+  return kernel(*pool.value()->pool, MlaKernelsOf(pool.value()->isa.name), args);
 }
 
-ffi::Error Handle(ffi::AnyBuffer nope, ffi::AnyBuffer rope, ffi::AnyBuffer key, ffi::AnyBuffer value,
+ffi::Error Attend(ffi::AnyBuffer nope, ffi::AnyBuffer rope, ffi::AnyBuffer key, ffi::AnyBuffer value,
                   ffi::AnyBuffer cache, ffi::AnyBuffer tables, ffi::AnyBuffer positions, int64_t pool,
                   float scale, ffi::Result<ffi::AnyBuffer> out) {
-  return ToXla(Run({nope, rope, key, value, cache, tables, positions, *out}, pool, scale));
+  return ToXla(
+      Run({nope, rope, key, value, cache, tables, positions, *out}, MlaAttention, false, pool, scale));
 }
 
-XLA_FFI_DEFINE_HANDLER(kHandler, Handle,
-                       ffi::Ffi::Bind()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Attr<int64_t>("pool")
-                           .Attr<float>("scale")
-                           .Ret<ffi::AnyBuffer>());
+ffi::Error Prefill(ffi::AnyBuffer nope, ffi::AnyBuffer rope, ffi::AnyBuffer key, ffi::AnyBuffer value,
+                   ffi::AnyBuffer cache, ffi::AnyBuffer tables, ffi::AnyBuffer positions, int64_t pool,
+                   float scale, ffi::Result<ffi::AnyBuffer> out) {
+  return ToXla(Run({nope, rope, key, value, cache, tables, positions, *out}, MlaPrefill, true, pool, scale));
+}
+
+auto Binding() {
+  return ffi::Ffi::Bind()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Attr<int64_t>("pool")
+      .Attr<float>("scale")
+      .Ret<ffi::AnyBuffer>();
+}
+
+XLA_FFI_DEFINE_HANDLER(kAttend, Attend, Binding());
+XLA_FFI_DEFINE_HANDLER(kPrefill, Prefill, Binding());
 
 }  // namespace
 
-XLA_FFI_Handler* const kMlaAttentionHandler = kHandler;
+XLA_FFI_Handler* const kMlaAttentionHandler = kAttend;
+XLA_FFI_Handler* const kMlaPrefillHandler = kPrefill;
 
 }  // namespace hmoe

@@ -54,7 +54,7 @@ class Mlp:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Moe:
-    """`router [e, d]` in BF16 or FP32, `router_bias [e]` in FP32. The routed experts are not here: see the executors."""
+    """`router [e, d]` in BF16 or FP32, `router_bias [e]` in FP32. The routed experts are the executors'."""
 
     router: Any
     router_bias: Any

@@ -76,8 +76,8 @@ def load_weights(
     """Everything but the routed experts, copied to the default device and prepared.
 
     Quantised projections stay as stored; router weights stay `dtype` if they are that, and become FP32 otherwise;
-    everything else becomes `dtype`. On the CPU platform the projections are multiplied by the native thread pool with
-    the id `pool`, or by XLA if it is None. `advance` is told bytes.
+    everything else becomes `dtype`. On the CPU platform the native thread pool with the id `pool` multiplies and
+    attends, or XLA if it is None. `advance` is told bytes.
     """
 
     def read(node: Any) -> Any:

@@ -132,4 +132,5 @@ def _context(
         chunk_len=layout.chunk_len,
         num_chunks=positions.max() // layout.chunk_len + 1,
         positions=positions,
+        pages=Pages(cache, tables),
     )

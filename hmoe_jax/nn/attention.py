@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt
 
 from hmoe_jax.core import record
 from hmoe_jax.kernels.mla_attention import mla_attention
+from hmoe_jax.kernels.mla_prefill import mla_prefill
 from hmoe_jax.nn.einsum import einsum_f32
 
 
@@ -29,8 +30,7 @@ from hmoe_jax.nn.einsum import einsum_f32
 class UpProjections:
     """How latents become keys and values: `key [h, n, r]`, `value [h, v, r]`.
 
-    `pool` names the native thread pool that attends with them in a decode step on the CPU platform; None leaves it to
-    XLA.
+    `pool` names the native thread pool that attends with them on the CPU platform; None leaves it to XLA.
     """
 
     key: Any
@@ -50,10 +50,13 @@ class Queries:
 @record
 @dataclass(frozen=True)
 class Pages:
-    """Where the latents lie: slot j of page `tables[t, i]` is position `i * slots + j` of sequence t, in bits."""
+    """Where the latents lie: slot j of page `tables[t, i]` is position `i * slots + j` of sequence t, in bits.
+
+    One table without the axis t is that of the sequence of all tokens.
+    """
 
     cache: UInt[Array, "pages slots w"]
-    tables: Int32[Array, "t p"]
+    tables: Int32[Array, "*t p"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,37 @@ def attend_decompressed(
     queries: Queries, up: UpProjections, context: Context, *, scale: float
 ) -> Float[Array, "t h v"]:
     """Attention of all `t` tokens of one sequence. Scores and sums in FP32; the result has the queries' dtype."""
+    return _native_or_xla(mla_prefill, _attend_decompressed_xla, queries, up, context, scale=scale)
+
+
+def attend_absorbed(queries: Queries, up: UpProjections, context: Context, *, scale: float) -> Float[Array, "t h v"]:
+    """Attention of `t` sequences with one new token each. Dtypes as for `attend_decompressed`."""
+    return _native_or_xla(mla_attention, _attend_absorbed_xla, queries, up, context, scale=scale)
+
+
+def _native_or_xla(
+    kernel: Callable[..., Array],
+    plain: Callable[..., Array],
+    queries: Queries,
+    up: UpProjections,
+    context: Context,
+    *,
+    scale: float,
+) -> Float[Array, "t h v"]:
+    pages, pool = context.pages, up.pool
+    if pool is None or pages is None or queries.nope.dtype != jnp.bfloat16:
+        return plain(queries, up, context, scale=scale)
+
+    def native(queries: Queries, up: UpProjections) -> Array:
+        operands = (queries.nope, queries.rope, up.key, up.value, pages.cache, pages.tables, context.positions)
+        return kernel(*operands, scale=scale, pool=pool)
+
+    return lax.platform_dependent(queries, up, cpu=native, default=partial(plain, context=context, scale=scale))
+
+
+def _attend_decompressed_xla(
+    queries: Queries, up: UpProjections, context: Context, *, scale: float
+) -> Float[Array, "t h v"]:
     rank = up.key.shape[-1]
 
     def scores_and_values(latents: Float[Array, "s w"]) -> ScoresAndMix:
@@ -92,25 +126,8 @@ def attend_decompressed(
     return _online_softmax(scores_and_values, queries, context, width=up.value.shape[1], scale=scale)
 
 
-def attend_absorbed(queries: Queries, up: UpProjections, context: Context, *, scale: float) -> Float[Array, "t h v"]:
-    """Attention of `t` sequences with one new token each. Dtypes as for `attend_decompressed`."""
-    plain = partial(_attend_absorbed_xla, context=context, scale=scale)
-    if up.pool is None or context.pages is None or queries.nope.dtype != jnp.bfloat16:
-        return plain(queries, up)
-    native = partial(_attend_absorbed_native, pages=context.pages, positions=context.positions, scale=scale)
-    return lax.platform_dependent(queries, up, cpu=native, default=plain)
-
-
-def _attend_absorbed_native(
-    queries: Queries, up: UpProjections, *, pages: Pages, positions: Int32[Array, " t"], scale: float
-) -> Float[Array, "t h v"]:
-    assert up.pool is not None
-    operands = (queries.nope, queries.rope, up.key, up.value, pages.cache, pages.tables, positions)
-    return mla_attention(*operands, scale=scale, pool=up.pool)
-
-
 def _attend_absorbed_xla(
-    queries: Queries, up: UpProjections, *, context: Context, scale: float
+    queries: Queries, up: UpProjections, context: Context, *, scale: float
 ) -> Float[Array, "t h v"]:
     rank = up.key.shape[-1]
     absorbed = einsum_f32("thn,hnr->thr", queries.nope, up.key).astype(queries.nope.dtype)

@@ -1,4 +1,4 @@
-"""What the hardware allows: bytes over read bandwidth for a decode step, multiply-adds over the dot peak for a prefill."""
+"""What the hardware allows: bytes over read bandwidth for a decode, multiply-adds over the dot peak for a prefill."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.exec.session import Session
-from hmoe_jax.kernels import _native
 from hmoe_jax.kernels.pool import ThreadPool
 from hmoe_jax.perf import programs
 from hmoe_jax.perf.sizes import count_parameters
@@ -30,7 +29,6 @@ def prefill_flops(config: ModelConfig, num_tokens: int) -> float:
     return 2.0 * ((count.active - head) * num_tokens + head + attention)
 
 
-def dot_gflops(pool: ThreadPool) -> float | None:
-    """The BF16 multiply-add peak of the pool in GFLOP/s; None if this build cannot measure it."""
-    measure = getattr(_native, "dot_peak", None)
-    return None if measure is None else measure(pool.native)
+def dot_gflops(pool: ThreadPool) -> float:
+    """The multiply-add peak of the pool's instruction set: two operations each."""
+    return 2 * pool.dot_gmacs()

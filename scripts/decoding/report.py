@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from decoding.timing import DecodeResult, PrefillResult
 
+from decoding.timing import DecodeResult, PrefillResult
 from hmoe_jax.perf.scopes import OTHER, STAGES
 
 
@@ -22,7 +23,7 @@ def decode_table(results: Sequence[DecodeResult]) -> str:
 def layer_table(results: Sequence[DecodeResult]) -> str:
     """What each further MoE layer costs, from models of different depth; the bound takes out unequal experts."""
     lines = [f"{'per MoE layer':<16}{'ms':>8}{'GB':>8}{'ms/bound':>10}"]
-    for shallow, deep in zip(results, results[1:], strict=False):
+    for shallow, deep in pairwise(results):
         count = deep.num_layers - shallow.num_layers
         ms, gigabytes = (
             (deep.step_s - shallow.step_s) / count * 1e3,
@@ -37,13 +38,10 @@ def layer_table(results: Sequence[DecodeResult]) -> str:
 def prefill_table(results: Sequence[PrefillResult]) -> str:
     lines = [f"{'prefill':<9}{'seconds':>9}{'tok/s':>9}{'GFLOP/s':>10}{'dot peak':>10}{'share':>8}"]
     for each in results:
-        peak = "-" if each.dot_gflops is None else f"{each.dot_gflops:.0f}"
-        share = "-" if each.dot_gflops is None else f"{each.gflops / each.dot_gflops:.1%}"
+        peak, share = f"{each.dot_gflops:.0f}", f"{each.gflops / each.dot_gflops:.1%}"
         lines.append(
             f"{each.num_tokens:<9}{each.seconds:>9.3f}{each.tok_per_s:>9.1f}{each.gflops:>10.1f}{peak:>10}{share:>8}"
         )
-    if any(each.dot_gflops is None for each in results):
-        lines.append("dot peak: this build's native module has no dot_peak")
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """Random weights at the speed of a disk: windows into pools of random numbers, in the checkpoint's own format.
 
-A pool is longer than any cache, its length is prime, and every tensor begins somewhere else in it: rows and experts differ,
-and reading them costs what reading a real model costs. Activations stay near 1, as matrices are scaled by the root of
+A pool's length is prime, and every tensor begins somewhere else in it: rows and experts differ, and reading them from
+the file costs what reading a real model costs. Activations stay near 1, as matrices are scaled by the root of
 their width.
 """
 
@@ -20,7 +20,7 @@ from hmoe_jax.architectures.deepseek_v3_checkpoint import describe, describe_exp
 from hmoe_jax.checkpoint.specs import TensorSpec
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.nn.linear import Projection
-from hmoe_jax.quant import E4M3_MAX
+from hmoe_jax.quant.encodings import E4M3
 from synthetic.routing import skewed_bias
 
 POOL_LEN = 33_554_393
@@ -41,7 +41,7 @@ class RandomWeights:
         rng = np.random.default_rng(seed)
         normal = rng.standard_normal(POOL_LEN, np.float32)
         self._normal = np.clip(normal, -SIGMAS, SIGMAS)
-        self._codes = (self._normal * np.float32(E4M3_MAX / SIGMAS)).astype(ml_dtypes.float8_e4m3fn)
+        self._codes = (self._normal * np.float32(E4M3.largest / SIGMAS)).astype(ml_dtypes.float8_e4m3fn)
         self._bf16 = cache(lambda width: (self._normal * np.float32(width**-0.5)).astype(ml_dtypes.bfloat16))
         self._tree, self._experts = describe(config), list(describe_experts(config))
         self._widths = {node.scale.name: node.weight.shape[1] for node in self._projections() if node.scale is not None}
@@ -68,7 +68,7 @@ class RandomWeights:
         elif spec.name.endswith("weight_scale_inv"):
             width = self._widths[spec.name]
             spread = rng.uniform(0.8, 1.2, count).astype(np.float32)
-            yield spread * np.float32(SIGMAS / E4M3_MAX * width**-0.5)
+            yield spread * np.float32(SIGMAS / E4M3.largest * width**-0.5)
         elif len(spec.shape) == 1:
             yield (1 + 0.1 * rng.standard_normal(count)).astype(ml_dtypes.bfloat16)
         elif self.dtype(spec) == "F8_E4M3":

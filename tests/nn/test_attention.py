@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -176,25 +177,39 @@ def test_absorbed_queries_look_at_their_own_sequence() -> None:
     np.testing.assert_allclose(got, np.concatenate([first.formula(), second.formula()]), atol=FP32_TOLERANCE)
 
 
-def test_a_pool_attends_to_pages_as_xla_does() -> None:
-    positions = [0, 12, 5, 3]
-    case = random_case(positions, 13, seed=4)
-    slots, table_len = 4, 5
-    rng = np.random.default_rng(0)
-    tables = rng.permutation(1 + len(positions) * table_len)[1:].reshape(len(positions), table_len).astype(np.int32)
-    cache = np.full((1 + len(positions) * table_len, slots, RANK + ROPE), np.nan, np.float32)
-    each = np.broadcast_to(case.latents, (len(positions), *case.latents.shape))
-    for table, latents in zip(tables, each, strict=True):
-        flat = np.full((table_len * slots, RANK + ROPE), np.nan, np.float32)
-        flat[: len(latents)] = latents
-        cache[table] = flat.reshape(table_len, slots, -1)
+SLOTS = 4
+
+
+def in_pages(latents: np.ndarray, *, table_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """(pages, tables) that hold the latents `[t, s, w]` of each sequence; what else is there is NaN."""
+    count, width = len(latents), latents.shape[-1]
+    tables = np.random.default_rng(0).permutation(1 + count * table_len)[1:].reshape(count, table_len)
+    pages = np.full((1 + count * table_len, SLOTS, width), np.nan, np.float32)
+    for table, each in zip(tables, latents, strict=True):
+        padded = np.full((table_len * SLOTS, width), np.nan, np.float32)
+        padded[: len(each)] = each
+        pages[table] = padded.reshape(table_len, SLOTS, width)
+    return pages, tables.astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("attend", "name"),
+    [(attend_absorbed, "decode"), (attend_decompressed, "prefill"), (attend_decompressed, "later piece")],
+)
+def test_a_pool_attends_to_pages_as_xla_does(attend: Callable[..., jax.Array], name: str) -> None:
+    case, is_decode = CASES[name], attend is attend_absorbed
+    latents = np.broadcast_to(case.latents, (len(case.positions) if is_decode else 1, *case.latents.shape))
+    pages, tables = in_pages(latents, table_len=5)
+    bits = jax.lax.bitcast_convert_type(jnp.asarray(pages, jnp.bfloat16), jnp.uint16)
     context = replace(
-        context_of(each, case.positions, chunk_len=4, num_chunks=None, dtype=jnp.bfloat16),
-        pages=Pages(jax.lax.bitcast_convert_type(jnp.asarray(cache, jnp.bfloat16), jnp.uint16), jnp.asarray(tables)),
+        context_of(
+            latents if is_decode else case.latents, case.positions, chunk_len=4, num_chunks=None, dtype=jnp.bfloat16
+        ),
+        pages=Pages(bits, jnp.asarray(tables if is_decode else tables[0])),
     )
     queries, up = case.queries(jnp.bfloat16), case.up(jnp.bfloat16)
-    plain = np.asarray(attend_absorbed(queries, up, context, scale=SCALE), np.float32)
+    plain = np.asarray(attend(queries, up, context, scale=SCALE), np.float32)
     with ThreadPool(1) as pool:
-        native = np.asarray(attend_absorbed(queries, replace(up, pool=pool.id), context, scale=SCALE), np.float32)
+        native = np.asarray(attend(queries, replace(up, pool=pool.id), context, scale=SCALE), np.float32)
     # Both round at the same places; FP32 sums of another order move some of the four roundings to the neighbour.
     assert np.abs(native - plain).max() <= 4 * 2.0**-8 * np.abs(plain).max()

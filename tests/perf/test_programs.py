@@ -8,7 +8,8 @@ def test_custom_calls_are_counted_by_stage(recorded: Recorded) -> None:
     # Three MoE layers and a dense one; q_a, q_b, kv_a and o in each; gate, up and down.
     calls = recorded.program.custom_calls
     assert calls["hmoe_moe_experts"] == {"experts": 3}
-    assert calls["hmoe_linear"] == {"attention": 16, "shared": 9, "mlp": 3, "head": 1}
+    assert calls["hmoe_linear"] == {"attention": 16, "router": 3, "shared": 9, "mlp": 3, "head": 1}
+    assert calls["hmoe_mla_attention"] == {"attention": 4}
 
 
 def test_cost_and_memory_are_plain_numbers(recorded: Recorded) -> None:

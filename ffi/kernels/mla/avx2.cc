@@ -58,6 +58,11 @@ struct Avx2 {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to) + i, _mm256_or_si256(low, high));
     }
   }
+  static void StoreBf16(Acc x, uint16_t* to) {
+    const __m256i low = _mm256_srli_epi32(Rounded(x.low), 16), high = _mm256_srli_epi32(Rounded(x.high), 16);
+    const __m256i mixed = _mm256_packus_epi32(low, high);  // quarters of low, high, low, high
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(mixed, 0xd8));
+  }
   static void StoreRounded(Acc even, Acc odd, uint16_t* to, int64_t stride) {
     alignas(32) uint32_t pairs[16];
     StorePairs(pairs, even.low, odd.low);

@@ -34,6 +34,10 @@ struct Avx512 {
   static void ZipRows(const uint16_t* even, const uint16_t* odd, uint16_t* to) {
     _mm512_storeu_si512(to, _mm512_or_si512(Widen(even), _mm512_slli_epi32(Widen(odd), 16)));
   }
+  static void StoreBf16(Acc x, uint16_t* to) {
+    const __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(Rounded(x), 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
+  }
   static void StoreRounded(Acc even, Acc odd, uint16_t* to, int64_t stride) {
     const __m512i high = _mm512_maskz_mov_epi16(0xaaaaaaaa, Rounded(odd));
     ScatterPairs(_mm512_or_si512(_mm512_srli_epi32(Rounded(even), 16), high), to, stride);
@@ -41,6 +45,10 @@ struct Avx512 {
 
  protected:
   static void ScatterPairs(__m512i pairs, uint16_t* to, int64_t stride) {
+    if (stride == 2) {
+      _mm512_storeu_si512(to, pairs);
+      return;
+    }
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(stride)));
     _mm512_i32scatter_epi32(to, places, pairs, sizeof(uint16_t));

@@ -10,6 +10,9 @@ struct Avx512Bf16 : Avx512 {
   static Acc MultiplyAdd(Pairs a, Pairs b, Acc sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
   }
+  static void StoreBf16(Acc x, uint16_t* to) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
+  }
   static void StoreRounded(Acc even, Acc odd, uint16_t* to, int64_t stride) {
     // Sixteen of `even`, then sixteen of `odd`, in order: word i and word 16 + i become pair i.
     const auto halves = (__m512i)_mm512_cvtne2ps_pbh(odd, even);

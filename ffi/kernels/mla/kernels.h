@@ -120,6 +120,49 @@ void Softmax(const float* scores, int64_t count, float scale, float* best, float
 }
 
 template <typename V>
+void InterleaveRounded(const float* rows, int64_t stride, int64_t depth, int64_t num_panels,
+                       uint16_t* tiles) {
+  for (int64_t k = 0; k < depth; k += 2) {
+    const float* even = rows + k * stride;
+    uint16_t* to = tiles + k / kDepth * num_panels * kTile + k % kDepth * kPanel;
+    for (int64_t p = 0; p < num_panels; ++p)
+      V::StoreRounded(V::Load(even + p * kPanel), V::Load(even + stride + p * kPanel), to + p * kTile, 2);
+  }
+}
+
+template <typename V>
+void SoftmaxRow(const float* scores, int64_t count, int64_t depth, float scale, float* best, float* total,
+                uint16_t* p) {
+  const int64_t whole = count / kPanel * kPanel;
+  float edge[kPanel];
+  for (int64_t i = 0; i < kPanel; ++i) edge[i] = whole + i < count ? scores[whole + i] : -__builtin_inff();
+  auto most = V::Load(edge);
+  for (int64_t i = 0; i < whole; i += kPanel) most = V::Max(V::Load(scores + i), most);
+  float lanes[kPanel];
+  V::Store(lanes, most);
+  float largest = lanes[0];
+  for (int64_t i = 1; i < kPanel; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+  *best = largest * scale;
+
+  const auto factor = V::Set1(scale), base = V::Set1(*best);
+  auto sum = V::Zero();
+  for (int64_t i = 0; i < whole; i += kPanel) {
+    const auto share = Exp<V>(V::Sub(V::Mul(V::Load(scores + i), factor), base));
+    sum = V::Add(sum, share);
+    V::StoreBf16(share, p + i);
+  }
+  if (whole < count) {
+    const auto share = Exp<V>(V::Sub(V::Mul(V::Load(edge), factor), base));
+    V::Store(lanes, share);
+    for (int64_t i = count - whole; i < kPanel; ++i) lanes[i] = 0;
+    sum = V::Add(sum, V::Load(lanes));
+    V::StoreBf16(V::Load(lanes), p + whole);
+  }
+  for (int64_t i = count; i < depth; ++i) p[i] = 0;
+  *total = V::Sum(sum);
+}
+
+template <typename V>
 void Combine(const float* parts, int64_t stride, const float* weights, int64_t num_parts, int64_t width,
              float* sum) {
   for (int64_t i = 0; i < width; i += kPanel) {
@@ -172,7 +215,8 @@ void DotRows(const uint16_t* rows, int64_t num_rows, int64_t cols, const uint16_
 
 template <typename V>
 constexpr MlaKernels MakeMla() {
-  return {1, Interleave<V>, Product<V>, Softmax<V>, Combine<V>, DotRows<V>};
+  return {1,          Interleave<V>, Product<V>, Softmax<V>, InterleaveRounded<V>, SoftmaxRow<V>,
+          Combine<V>, DotRows<V>};
 }
 
 }  // namespace

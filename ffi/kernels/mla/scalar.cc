@@ -81,6 +81,9 @@ struct Scalar {
       to[2 * i + 1] = odd[i];
     }
   }
+  static void StoreBf16(const Acc& x, uint16_t* to) {
+    for (int i = 0; i < kPanel; ++i) to[i] = Bf16FromFloat(x.lane[i]);
+  }
   static void StoreRounded(const Acc& even, const Acc& odd, uint16_t* to, int64_t stride) {
     for (int i = 0; i < kPanel; ++i) {
       to[i * stride] = Bf16FromFloat(even.lane[i]);

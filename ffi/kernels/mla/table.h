@@ -36,6 +36,16 @@ struct MlaKernels {
   void (*softmax)(const float* scores, int64_t count, float scale, float* best, float* total, uint16_t* p,
                   int64_t p_stride);
 
+  // As `interleave`, of FP32 rows that are rounded on the way: depth (a multiple of kDepth) times whole
+  // panels.
+  void (*interleave_rounded)(const float* rows, int64_t stride, int64_t depth, int64_t num_panels,
+                             uint16_t* tiles);
+
+  // Of one row of `count` (at least 1) scores: best, p and total as above, p with zeros from `count` to
+  // `depth`.
+  void (*softmax_row)(const float* scores, int64_t count, int64_t depth, float scale, float* best,
+                      float* total, uint16_t* p);
+
   // sum[i] = sum over parts j of weights[j] * parts[j * stride + i], for a multiple of 16 values.
   void (*combine)(const float* parts, int64_t stride, const float* weights, int64_t num_parts, int64_t width,
                   float* sum);

@@ -1,0 +1,18 @@
+// Decompressed multi-head latent attention of a prefill: many tokens of one sequence over its pages of the
+// cache.
+#pragma once
+
+#include "base/result.h"
+#include "kernels/mla/table.h"
+#include "kernels/mla_attention.h"
+#include "machine/pool.h"
+
+namespace hmoe {
+
+// As MlaAttention, but all tokens share one table [table_len]. Latents are expanded into every head's keys
+// and values, which costs less than absorbing `key` where many queries meet them. The bits of a token's row
+// depend on that token and its context alone: not on the other tokens, so not on the pieces that a prompt is
+// cut into either.
+Status MlaPrefill(ThreadPool& pool, const MlaKernels& kernels, const MlaAttentionArgs& args);
+
+}  // namespace hmoe
