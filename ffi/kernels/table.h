@@ -7,7 +7,7 @@
 
 namespace hmoe {
 
-inline constexpr int64_t kMaxTokens = 128;  // of one call of `project`
+inline constexpr int64_t kMaxTokens = 64;  // of one call of `project`
 inline constexpr int64_t kMaxRows = 256;
 
 // Activations of a few tokens, packed as an ISA and a codec want them. `cols` is a multiple of kBlock.

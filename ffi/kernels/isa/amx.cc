@@ -17,9 +17,10 @@
 namespace hmoe {
 namespace {
 
-constexpr int64_t kTileRows = 16, kTileTokens = 16, kTileColumns = 32, kTileFloats = kTileRows * kTileTokens;
-constexpr int64_t kTileStride = kTileTokens * 4;  // bytes between the rows of a tile of sums
-constexpr int64_t kColumns = 128, kHalf = 64;     // of a block; half of them are decoded at once
+constexpr int64_t kTileRows = 16, kTileTokens = 16, kTileColumns = 32;
+constexpr int64_t kTileFloats = kTileRows * kTileTokens, kTileWeights = kTileRows * kTileColumns;
+constexpr int64_t kTileStride = 64;            // bytes between the rows of a tile
+constexpr int64_t kColumns = 128, kHalf = 64;  // of a block; half of them are decoded at once
 constexpr int kSteps = kColumns / kTileColumns;
 
 // How 32 columns of a row become a row of a weight tile.
@@ -72,14 +73,14 @@ inline void DecodeMxfp4(const uint8_t* bytes, unsigned exponent, uint16_t* to) {
   }
 }
 
-// Half a block of columns of a row becomes a row of two weight tiles. `scales` are those of MXFP4's groups
-// here.
+// Half a block of columns of a row becomes a row of two weight tiles, the first at `to`, the second behind
+// it. `scales` are those of MXFP4's groups here.
 template <typename C>
 inline __attribute__((always_inline)) void DecodeHalf(const uint8_t* bytes, const uint8_t* scales,
                                                       uint16_t* to) {
   if constexpr (C::kScaling == Scaling::kGroupE8M0) {
     DecodeMxfp4(bytes, scales[0], to);
-    DecodeMxfp4(bytes + 16, scales[1], to + kTileColumns);
+    DecodeMxfp4(bytes + 16, scales[1], to + kTileWeights);
   } else {
     constexpr int kStep = C::template kStep<Tiles>;
 #pragma GCC unroll 2
@@ -87,17 +88,19 @@ inline __attribute__((always_inline)) void DecodeHalf(const uint8_t* bytes, cons
       __m512i decoded[kStep / kTileColumns];
       C::template Decode<Tiles>(bytes + column * C::kBits / 8, decoded);
 #pragma GCC unroll 2
-      for (int i = 0; i < kStep / kTileColumns; ++i) Tiles::Store(to + column + i * kTileColumns, decoded[i]);
+      for (int i = 0; i < kStep / kTileColumns; ++i) {
+        Tiles::Store(to + (column / kTileColumns + i) * kTileWeights, decoded[i]);
+      }
     }
   }
 }
 
-// Up to kMaxRows rows, walked side by side.
+// Up to two tiles of rows.
 template <typename C>
 struct Rows {
   static constexpr int64_t kHalfBytes = kHalf * C::kBits / 8;
 
-  Row row[kMaxRows];
+  Row row[2 * kTileRows];
   int64_t count, cols;
 
   Rows(const Matrix& matrix, int64_t begin, int64_t end) : count(end - begin), cols(matrix.cols) {
@@ -199,7 +202,7 @@ struct FewTokens {
 
   inline __attribute__((always_inline)) void Decode(const Rows<C>& rows, int64_t block, int64_t half) {
     for (int64_t r = 0; r < rows.count; ++r) {
-      rows.Decode(r, block, half, weights + r * kColumns + half * kHalf, kAhead);
+      rows.Decode(r, block, half, weights + 2 * half * kTileWeights + r * kTileColumns, kAhead);
     }
   }
 
@@ -210,7 +213,7 @@ struct FewTokens {
   inline __attribute__((always_inline)) void MultiplyStep(int64_t block, int step, const uint16_t* packed,
                                                           int64_t tokens) {
     if (kScalesSums<C> && step % kStepsPerSum<C> == 0) _tile_zero(0);
-    _tile_loadd(4, weights + step * kTileColumns, kColumns * 2);
+    _tile_loadd(4, weights + step * kTileWeights, kTileStride);
     _tile_loadd(6, packed + (block * kColumns + step * kTileColumns) * tokens, 4 * tokens);
     _tile_dpbf16ps(0, 4, 6);
     if (kScalesSums<C> && (step + 1) % kStepsPerSum<C> == 0) {
@@ -277,16 +280,15 @@ void ProjectFew(const Matrix& matrix, int64_t row_begin, int64_t row_end, const 
   }
 }
 
-// More tokens. Some columns of two tiles of rows are decoded, and all tokens pass over them, two tiles at a
-// time; then come the next rows, and then the next columns. So the decoded weights stay in the first cache,
-// and the activations of these columns in the second until all rows have used them.
+// More tokens. Two tiles of rows are decoded, and all tokens pass over them, two tiles at a time. The decoded
+// rows and the activations stay in the second cache: each is up to half of 1 MB for rows of 8192 columns.
+// Longer rows come in chunks.
 template <typename C>
 struct ManyTokens {
-  // Of a panel: 16 KB of weights, and as much of activations for two tiles of tokens.
-  static constexpr int64_t kRows = 2 * kTileRows, kPanelColumns = 256;
-  static constexpr int64_t kMaxTiles = kMaxTokens / kTileTokens;
-
-  using Totals = float[kMaxTiles][kTileFloats];
+  static constexpr int64_t kRows = 2 * kTileRows, kMaxTiles = kMaxTokens / kTileTokens;
+  static constexpr int64_t kChunk = 8192, kChunkBlocks = kChunk / kColumns,
+                           kChunkSteps = kChunk / kTileColumns;
+  static constexpr int64_t kAhead = 1024;  // bytes of a row
 
   // Sums of 2 x 2 tiles that wait to be scaled and added: the processor has the next products to do
   // meanwhile, and need not wait for the last of these.
@@ -296,22 +298,24 @@ struct ManyTokens {
     const float* scales;  // the first row's
   };
 
-  alignas(64) uint16_t weights[kRows * kPanelColumns];
-  alignas(64) Totals totals[kMaxRows / kTileRows];
+  alignas(64) uint16_t weights[2][kChunkSteps * kTileWeights];
+  alignas(64) float totals[2][kMaxTiles][kTileFloats];
   alignas(64) float absent[kTileFloats];  // the total of a tile of tokens that is not there
   Taken taken[2];
   int turn;  // of the two, for the next sums
-  float scales[kRows][kPanelColumns / kColumns][kSumsPerBlock<C>];
+  float scales[kChunkBlocks][kSumsPerBlock<C>][kRows];
 
-  // Rows [first, first + 32) and the steps of 32 columns from `column` on; `ahead` bytes from here is what
-  // will be decoded next.
-  void Decode(const Rows<C>& rows, int64_t first, int64_t column, int64_t steps, int64_t ahead) {
-    for (int64_t r = first; r < Smaller(first + kRows, rows.count); ++r) {
-      for (int64_t b = 0; b < steps / kSteps; ++b) {
-        uint16_t* to = weights + (r - first) * kPanelColumns + b * kColumns;
-        rows.Decode(r, column / kColumns + b, 0, to, ahead);
-        rows.Decode(r, column / kColumns + b, 1, to + kHalf, ahead);
-        rows.ReadScales(r, column / kColumns + b, scales[r - first][b]);
+  // The rows' columns from `column` on, block by block: a row at a time would store to lines that are 1 KB
+  // apart and share four sets of the first cache.
+  void Decode(const Rows<C>& rows, int64_t column, int64_t blocks) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      for (int64_t r = 0; r < rows.count; ++r) {
+        uint16_t* to = weights[r / kTileRows] + b * kSteps * kTileWeights + r % kTileRows * kTileColumns;
+        rows.Decode(r, column / kColumns + b, 0, to, kAhead);
+        rows.Decode(r, column / kColumns + b, 1, to + 2 * kTileWeights, kAhead);
+        float row_scales[kSumsPerBlock<C>] = {};
+        rows.ReadScales(r, column / kColumns + b, row_scales);
+        for (int i = 0; i < kSumsPerBlock<C>; ++i) scales[b][i][r] = row_scales[i];
       }
     }
   }
@@ -319,18 +323,25 @@ struct ManyTokens {
   // Tiles 0 to 3 += both tiles of rows times two tiles of tokens, 32 columns of them.
   inline __attribute__((always_inline)) void MultiplyStep(int64_t step, const uint16_t* left,
                                                           const uint16_t* right) {
-    const uint16_t* from = weights + step * kTileColumns;
-    _tile_loadd(4, from, 2 * kPanelColumns);
+    _tile_loadd(4, weights[0] + step * kTileWeights, kTileStride);
     _tile_loadd(6, left + step * kTileColumns * kTileTokens, kTileStride);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, right + step * kTileColumns * kTileTokens, kTileStride);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, from + kTileRows * kPanelColumns, 2 * kPanelColumns);
+    _tile_loadd(5, weights[1] + step * kTileWeights, kTileStride);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
 
-  void MultiplyPanel(const uint16_t* left, const uint16_t* right, int64_t steps, float* const* to) {
+  static inline __attribute__((always_inline)) void Take(float* const* to) {
+    _tile_stored(0, to[0], kTileStride);
+    _tile_stored(1, to[1], kTileStride);
+    _tile_stored(2, to[2], kTileStride);
+    _tile_stored(3, to[3], kTileStride);
+  }
+
+  // All rows with two tiles of tokens.
+  void MultiplyTokens(const uint16_t* left, const uint16_t* right, int64_t steps, float* const* to) {
     if constexpr (kScalesSums<C>) {
       for (int64_t sum = 0; sum < steps / kStepsPerSum<C>; ++sum) {
         _tile_zero(0);
@@ -342,9 +353,11 @@ struct ManyTokens {
           MultiplyStep(sum * kStepsPerSum<C> + s, left, right);
           AddPart(taken[turn ^ 1], s);
         }
-        Take(taken[turn].sums);
-        for (int i = 0; i < 4; ++i) taken[turn].totals[i] = to[i];
-        taken[turn].scales = &scales[0][0][0] + sum;
+        Taken& now = taken[turn];
+        float* const sums[] = {now.sums[0], now.sums[1], now.sums[2], now.sums[3]};
+        Take(sums);
+        for (int i = 0; i < 4; ++i) now.totals[i] = to[i];
+        now.scales = &scales[0][0][0] + sum * kRows;
         turn ^= 1;
       }
     } else {
@@ -353,18 +366,8 @@ struct ManyTokens {
       _tile_loadd(2, to[2], kTileStride);
       _tile_loadd(3, to[3], kTileStride);
       for (int64_t s = 0; s < steps; ++s) MultiplyStep(s, left, right);
-      _tile_stored(0, to[0], kTileStride);
-      _tile_stored(1, to[1], kTileStride);
-      _tile_stored(2, to[2], kTileStride);
-      _tile_stored(3, to[3], kTileStride);
+      Take(to);
     }
-  }
-
-  static inline __attribute__((always_inline)) void Take(float (*sums)[kTileFloats]) {
-    _tile_stored(0, sums[0], kTileStride);
-    _tile_stored(1, sums[1], kTileStride);
-    _tile_stored(2, sums[2], kTileStride);
-    _tile_stored(3, sums[3], kTileStride);
   }
 
   // Part `part` of kStepsPerSum: these additions lie between products.
@@ -372,9 +375,9 @@ struct ManyTokens {
     constexpr int kPart = 4 * kTileRows / kStepsPerSum<C>;
 #pragma GCC unroll 64
     for (int i = part * kPart; i < (part + 1) * kPart; ++i) {
-      const int tile = i / kTileRows, r = i % kTileRows, row = tile / 2 * kTileRows + r;
+      const int tile = i / kTileRows, r = i % kTileRows;
       float* total = from.totals[tile] + r * kTileTokens;
-      const __m512 scale = _mm512_set1_ps(from.scales[row * (kPanelColumns / kColumns) * kSumsPerBlock<C>]);
+      const __m512 scale = _mm512_set1_ps(from.scales[tile / 2 * kTileRows + r]);
       const __m512 sum = _mm512_load_ps(from.sums[tile] + r * kTileTokens);
       _mm512_store_ps(total, _mm512_fmadd_ps(sum, scale, _mm512_load_ps(total)));
     }
@@ -392,35 +395,26 @@ struct ManyTokens {
     what.scales = &scales[0][0][0];
   }
 
-  // Sums of all rows with all tokens, into `totals`.
+  // Sums of up to 32 rows with all tokens, into `totals`.
   void Multiply(const Rows<C>& rows, const PackedTokens& tokens) {
     const int64_t tiles = RoundUpDiv(tokens.tokens, kTileTokens);
-    const int64_t last_rows = (rows.count - 1) / kRows * kRows;
-    for (int64_t i = 0; i < last_rows / kTileRows + 2; ++i) {
-      __builtin_memset(totals[i], 0, static_cast<size_t>(tiles * kTileFloats) * sizeof(float));
-    }
+    __builtin_memset(totals, 0, sizeof totals);
     __builtin_memset(absent, 0, sizeof absent);
-    __builtin_memset(scales, 0, sizeof scales);
+    __builtin_memset(scales[0], 0, sizeof scales[0]);
     turn = 0;
     Forget(taken[1]);
-    const int64_t next_rows = kRows * rows.cols * C::kBits / 8, next_columns = kPanelColumns * C::kBits / 8;
-    for (int64_t column = 0; column < rows.cols; column += kPanelColumns) {
-      const int64_t steps =
-          kSteps * Smaller(RoundUpDiv(rows.cols - column, kColumns), kPanelColumns / kColumns);
+    for (int64_t column = 0; column < rows.cols; column += kChunk) {
+      const int64_t blocks = Smaller(RoundUpDiv(rows.cols - column, kColumns), kChunkBlocks);
+      Decode(rows, column, blocks);
       const auto* packed = reinterpret_cast<const uint16_t*>(tokens.data) + column * kTileTokens;
-      for (int64_t row = 0; row < rows.count; row += kRows) {
-        Decode(rows, row, column, steps,
-               row < last_rows ? next_rows : next_columns - last_rows / kRows * next_rows);
-        float (*top)[kTileFloats] = totals[row / kTileRows];
-        float (*bottom)[kTileFloats] = totals[row / kTileRows + 1];
-        for (int64_t j = 0; j < tiles; j += 2) {
-          const bool two = j + 1 < tiles;
-          const uint16_t* left = packed + j * kTileTokens * tokens.cols;
-          float* const to[] = {top[j], two ? top[j + 1] : absent, bottom[j], two ? bottom[j + 1] : absent};
-          MultiplyPanel(left, two ? left + kTileTokens * tokens.cols : left, steps, to);
-        }
-        if constexpr (kScalesSums<C>) AddTaken();
+      for (int64_t j = 0; j < tiles; j += 2) {
+        const bool two = j + 1 < tiles;
+        const uint16_t* left = packed + j * kTileTokens * tokens.cols;
+        float* const to[] = {totals[0][j], two ? totals[0][j + 1] : absent, totals[1][j],
+                             two ? totals[1][j + 1] : absent};
+        MultiplyTokens(left, two ? left + kTileTokens * tokens.cols : left, blocks * kSteps, to);
       }
+      if constexpr (kScalesSums<C>) AddTaken();
     }
   }
 };
@@ -428,16 +422,20 @@ struct ManyTokens {
 template <typename C>
 void ProjectMany(const Matrix& matrix, int64_t row_begin, int64_t row_end, const PackedTokens& tokens,
                  float* out, int64_t out_stride, uint8_t* workspace) {
-  static_assert(sizeof(ManyTokens<C>) <= kWorkspaceBytes);
-  auto* work = reinterpret_cast<ManyTokens<C>*>(workspace);
+  using Work = ManyTokens<C>;
+  static_assert(sizeof(Work) <= kWorkspaceBytes);
+  auto* work = reinterpret_cast<Work*>(workspace);
   const TileUse use(kTileTokens);
-  work->Multiply(Rows<C>(matrix, row_begin, row_end), tokens);
-  for (int64_t row = row_begin; row < row_end; row += kTileRows) {
-    for (int64_t token = 0; token < tokens.tokens; token += kTileTokens) {
-      WriteTile<C>(matrix, row, Smaller(kTileRows, row_end - row),
-                   work->totals[(row - row_begin) / kTileRows][token / kTileTokens],
-                   Smaller(kTileTokens, tokens.tokens - token), out + token * out_stride + row - row_begin,
-                   out_stride);
+  for (int64_t first = row_begin; first < row_end; first += Work::kRows) {
+    const int64_t end = Smaller(first + Work::kRows, row_end);
+    work->Multiply(Rows<C>(matrix, first, end), tokens);
+    for (int64_t row = first; row < end; row += kTileRows) {
+      for (int64_t token = 0; token < tokens.tokens; token += kTileTokens) {
+        WriteTile<C>(matrix, row, Smaller(kTileRows, end - row),
+                     work->totals[(row - first) / kTileRows][token / kTileTokens],
+                     Smaller(kTileTokens, tokens.tokens - token), out + token * out_stride + row - row_begin,
+                     out_stride);
+      }
     }
   }
 }
