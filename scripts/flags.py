@@ -15,7 +15,9 @@ _DTYPE = flags.DEFINE_enum("dtype", "auto", ["auto", "bfloat16", "float32"], "Dt
 _DEVICE = flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu"], "Where attention and sampling run.")
 _EXECUTOR = flags.DEFINE_enum("executor", "auto", ["auto", "graph", "fused"], "Who computes the routed experts.")
 _NUM_THREADS = flags.DEFINE_string("num_threads", "auto", "Threads of the native kernels: a number, or auto.")
-_ISA = flags.DEFINE_string("isa", "auto", "Instruction set of the native kernels: scalar, avx2, avx512, avx512_bf16, amx.")
+_ISA = flags.DEFINE_string(
+    "isa", "auto", "Instruction set of the native kernels: amx, avx512_bf16, avx512, avx2, scalar."
+)
 _MAX_MODEL_LEN = flags.DEFINE_integer("max_model_len", None, "Longest sequence, prompt included; default the model's.")
 
 

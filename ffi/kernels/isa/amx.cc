@@ -13,6 +13,7 @@
 #include "kernels/codecs.h"
 #include "kernels/isa/avx512_bf16.h"
 #include "kernels/isa/dot_peak.h"
+#include "kernels/isa/tiles.h"
 
 namespace hmoe {
 namespace {
@@ -95,42 +96,42 @@ inline __attribute__((always_inline)) void DecodeHalf(const uint8_t* bytes, cons
   }
 }
 
-// Up to two tiles of rows.
+// Up to two tiles of rows, which follow each other in memory.
 template <typename C>
 struct Rows {
   static constexpr int64_t kHalfBytes = kHalf * C::kBits / 8;
+  static constexpr bool kFoldsScales = C::kScaling == Scaling::kGroupE8M0;
 
-  Row row[2 * kTileRows];
-  int64_t count, cols;
+  const uint8_t* weights;
+  const int64_t count, cols;
+  const int64_t stride = cols * C::kBits / 8;  // bytes
+  const uint8_t* scales[2 * kTileRows];        // of each row: finding them takes a division
 
-  Rows(const Matrix& matrix, int64_t begin, int64_t end) : count(end - begin), cols(matrix.cols) {
-    for (int64_t r = 0; r < count; ++r) row[r] = RowOf<C>(matrix, begin + r);
+  Rows(const Matrix& matrix, int64_t begin, int64_t end)
+      : weights(RowOf<C>(matrix, begin).weights), count(end - begin), cols(matrix.cols) {
+    for (int64_t r = 0; r < count; ++r) scales[r] = RowOf<C>(matrix, begin + r).scales;
   }
 
-  // Half a block of columns of row r; those beyond the matrix become zeros, and nothing is read there. What
-  // lies `ahead` is asked for.
-  inline __attribute__((always_inline)) void Decode(int64_t r, int64_t block, int64_t half, uint16_t* to,
-                                                    int64_t ahead) const {
-    const int64_t column = block * kColumns + half * kHalf, left = cols - column;
-    const uint8_t* bytes = row[r].weights + column * C::kBits / 8;
-    const uint8_t* scales = row[r].scales;
-    if constexpr (C::kScaling == Scaling::kGroupE8M0) scales += column / C::kGroup;
-    if (left >= kHalf) {
+  // Rows [first, first + num) of them, half a block of columns: row by row to `to`. What is beyond the matrix
+  // becomes zeros, and nothing is read there. What lies `ahead` bytes further on in each row is asked for.
+  inline __attribute__((always_inline)) void Decode(int64_t first, int64_t num, int64_t block, int64_t half,
+                                                    uint16_t* to, int64_t ahead) const {
+    const int64_t column = block * kColumns + half * kHalf;
+    if (cols - column < kHalf) return DecodeTail(first, num, column, to);
+    const uint8_t* bytes = weights + first * stride + column * C::kBits / 8;
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < num; ++r) {
       for (int64_t line = 0; line < kHalfBytes; line += 64) __builtin_prefetch(bytes + ahead + line);
-      return DecodeHalf<C>(bytes, scales, to);
+      DecodeHalf<C>(bytes, kFoldsScales ? scales[first + r] + column / 32 : nullptr, to);
+      bytes += stride;
+      to += kTileColumns;
     }
-    uint8_t tail[kHalfBytes] = {}, tail_scales[2] = {};
-    if (left > 0) {
-      __builtin_memcpy(tail, bytes, static_cast<size_t>(left * C::kBits / 8));
-      if constexpr (C::kScaling == Scaling::kGroupE8M0) tail_scales[0] = scales[0];
-    }
-    DecodeHalf<C>(tail, tail_scales, to);
   }
 
-  // What the sums of a block of columns of row r are scaled with; zeros beyond the matrix.
-  inline __attribute__((always_inline)) void ReadScales(int64_t r, int64_t block, float* to) const {
+  // What the sums of a block of columns are scaled with, row by row; zeros beyond the matrix.
+  inline __attribute__((always_inline)) void ReadScales(int64_t row, int64_t block, float* to) const {
     if constexpr (kScalesSums<C>) {
-      const uint8_t* from = row[r].scales + block * kSumsPerBlock<C> * BytesOfScale(C::kScaling);
+      const uint8_t* from = scales[row] + block * kSumsPerBlock<C> * BytesOfScale(C::kScaling);
       if constexpr (C::kScaling == Scaling::kBlock) {
         __builtin_memcpy(to, from, sizeof(float));
       } else {
@@ -144,32 +145,20 @@ struct Rows {
       }
     }
   }
-};
 
-// The shapes of the tile registers: 0 to 3 are sums, 4 and 5 weights, 6 and 7 activations.
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-
-  explicit TileShapes(int64_t tokens) {
-    for (int i = 0; i < 8; ++i) {
-      rows[i] = kTileRows;
-      row_bytes[i] = i == 4 || i == 5 ? 64 : static_cast<uint16_t>(4 * tokens);
+ private:
+  void DecodeTail(int64_t first, int64_t num, int64_t column, uint16_t* to) const {
+    const int64_t left = cols - column;
+    for (int64_t r = first; r < first + num; ++r, to += kTileColumns) {
+      uint8_t tail[kHalfBytes] = {}, tail_scales[2] = {};
+      if (left > 0) {
+        const uint8_t* bytes = weights + r * stride + column * C::kBits / 8;
+        __builtin_memcpy(tail, bytes, static_cast<size_t>(left * C::kBits / 8));
+        if constexpr (kFoldsScales) tail_scales[0] = scales[r][column / 32];
+      }
+      DecodeHalf<C>(tail, tail_scales, to);
     }
   }
-};
-
-// Holds the tile registers for one call; left in use they would slow down every context switch.
-class TileUse {
- public:
-  explicit TileUse(int64_t tokens) {
-    const TileShapes shapes(tokens);
-    _tile_loadconfig(&shapes);
-  }
-  ~TileUse() { _tile_release(); }
-  TileUse(const TileUse&) = delete;
-  TileUse& operator=(const TileUse&) = delete;
 };
 
 // Sums [16 rows, 16 tokens] of one tile to their places, scaled where a scale belongs to the row.
@@ -201,9 +190,7 @@ struct FewTokens {
   float scales[2][kTileRows][kSumsPerBlock<C>];
 
   inline __attribute__((always_inline)) void Decode(const Rows<C>& rows, int64_t block, int64_t half) {
-    for (int64_t r = 0; r < rows.count; ++r) {
-      rows.Decode(r, block, half, weights + 2 * half * kTileWeights + r * kTileColumns, kAhead);
-    }
+    rows.Decode(0, rows.count, block, half, weights + 2 * half * kTileWeights, kAhead);
   }
 
   inline __attribute__((always_inline)) void ReadScales(const Rows<C>& rows, int64_t block) {
@@ -213,6 +200,7 @@ struct FewTokens {
   inline __attribute__((always_inline)) void MultiplyStep(int64_t block, int step, const uint16_t* packed,
                                                           int64_t tokens) {
     if (kScalesSums<C> && step % kStepsPerSum<C> == 0) _tile_zero(0);
+    FinishStores();
     _tile_loadd(4, weights + step * kTileWeights, kTileStride);
     _tile_loadd(6, packed + (block * kColumns + step * kTileColumns) * tokens, 4 * tokens);
     _tile_dpbf16ps(0, 4, 6);
@@ -309,12 +297,16 @@ struct ManyTokens {
   // apart and share four sets of the first cache.
   void Decode(const Rows<C>& rows, int64_t column, int64_t blocks) {
     for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t block = column / kColumns + b;
+      for (int64_t first = 0; first < rows.count; first += kTileRows) {
+        const int64_t num = Smaller(kTileRows, rows.count - first);
+        uint16_t* to = weights[first / kTileRows] + b * kSteps * kTileWeights;
+        rows.Decode(first, num, block, 0, to, kAhead);
+        rows.Decode(first, num, block, 1, to + 2 * kTileWeights, kAhead);
+      }
       for (int64_t r = 0; r < rows.count; ++r) {
-        uint16_t* to = weights[r / kTileRows] + b * kSteps * kTileWeights + r % kTileRows * kTileColumns;
-        rows.Decode(r, column / kColumns + b, 0, to, kAhead);
-        rows.Decode(r, column / kColumns + b, 1, to + 2 * kTileWeights, kAhead);
         float row_scales[kSumsPerBlock<C>] = {};
-        rows.ReadScales(r, column / kColumns + b, row_scales);
+        rows.ReadScales(r, block, row_scales);
         for (int i = 0; i < kSumsPerBlock<C>; ++i) scales[b][i][r] = row_scales[i];
       }
     }
@@ -323,6 +315,7 @@ struct ManyTokens {
   // Tiles 0 to 3 += both tiles of rows times two tiles of tokens, 32 columns of them.
   inline __attribute__((always_inline)) void MultiplyStep(int64_t step, const uint16_t* left,
                                                           const uint16_t* right) {
+    FinishStores();
     _tile_loadd(4, weights[0] + step * kTileWeights, kTileStride);
     _tile_loadd(6, left + step * kTileColumns * kTileTokens, kTileStride);
     _tile_dpbf16ps(0, 4, 6);
@@ -361,6 +354,7 @@ struct ManyTokens {
         turn ^= 1;
       }
     } else {
+      FinishStores();
       _tile_loadd(0, to[0], kTileStride);
       _tile_loadd(1, to[1], kTileStride);
       _tile_loadd(2, to[2], kTileStride);
@@ -425,7 +419,7 @@ void ProjectMany(const Matrix& matrix, int64_t row_begin, int64_t row_end, const
   using Work = ManyTokens<C>;
   static_assert(sizeof(Work) <= kWorkspaceBytes);
   auto* work = reinterpret_cast<Work*>(workspace);
-  const TileUse use(kTileTokens);
+  const TileUse use;
   for (int64_t first = row_begin; first < row_end; first += Work::kRows) {
     const int64_t end = Smaller(first + Work::kRows, row_end);
     work->Multiply(Rows<C>(matrix, first, end), tokens);

@@ -8,8 +8,11 @@
 
 #include <cstdint>
 
-#if defined(__AVX2__) || defined(__AMX_BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#endif
+#if defined(__AMX_TILE__)
+#include "kernels/isa/tiles.h"
 #endif
 
 namespace hmoe {
@@ -82,14 +85,10 @@ struct DotBf16 {
 // registers.
 inline int64_t MultiplyAddsOfTiles(int64_t rounds, float* sink) {
   constexpr int kSums = 4, kProducts = 16 * 16 * 32;
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } config;
-  _tile_loadconfig(&config);
+  const TileUse use;
   alignas(64) uint16_t ones[16 * 32];
   for (auto& one : ones) one = 0x3f80;
+  FinishStores();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -114,7 +113,6 @@ inline int64_t MultiplyAddsOfTiles(int64_t rounds, float* sink) {
   *sink += sums[0];
   _tile_stored(3, sums, 64);
   *sink += sums[0];
-  _tile_release();
   return rounds * kSums * kProducts;
 }
 #endif

@@ -1,16 +1,10 @@
 // AMX: a tile of 16 rows times a tile of a panel (32 deep, 16 columns) in one instruction.
 
+#include "kernels/isa/tiles.h"
 #include "kernels/mla/avx512_bf16.h"
 
 namespace hmoe {
 namespace {
-
-// All eight tiles: 16 rows of 64 bytes.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // Four tiles of sums, 2 x 2, take each loaded tile of a factor twice: eight products for eight loads.
 template <int kRowTiles, int kPanels>
@@ -19,6 +13,7 @@ inline __attribute__((always_inline)) void TileBlock(const uint16_t* a, int64_t 
                                                      int64_t row_stride, int64_t panel_stride) {
   const auto a_bytes = a_stride * static_cast<int64_t>(sizeof *a);
   const auto c_bytes = row_stride * static_cast<int64_t>(sizeof *c);
+  FinishStores();
   _tile_zero(0);
   if constexpr (kPanels > 1) _tile_zero(1);
   if constexpr (kRowTiles > 1) _tile_zero(2);
@@ -58,8 +53,7 @@ void TileRows(const uint16_t* a, int64_t a_stride, int64_t rows, const uint16_t*
 void TileProduct(const uint16_t* a, int64_t a_stride, int64_t rows, const uint16_t* tiles,
                  int64_t tile_stride, int64_t num_panels, int64_t depth, float* c, int64_t row_stride,
                  int64_t panel_stride) {
-  constexpr TileConfig kConfig;
-  _tile_loadconfig(&kConfig);
+  const TileUse use;
   int64_t p = 0;
   for (; p + 2 <= num_panels; p += 2)
     TileRows<2>(a, a_stride, rows, tiles + p * kTile, tile_stride, depth, c + p * panel_stride, row_stride,
@@ -67,7 +61,6 @@ void TileProduct(const uint16_t* a, int64_t a_stride, int64_t rows, const uint16
   if (p < num_panels)
     TileRows<1>(a, a_stride, rows, tiles + p * kTile, tile_stride, depth, c + p * panel_stride, row_stride,
                 panel_stride);
-  _tile_release();  // else the kernel saves 8 KB at every switch of threads
 }
 
 constexpr MlaKernels MakeAmx() {
