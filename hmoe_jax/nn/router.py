@@ -44,7 +44,7 @@ def _logits(hidden: Float[Array, "t d"], weight: Float[Array, "e d"], *, pool: i
 
     if pool is None or hidden.dtype != jnp.bfloat16 or weight.dtype != jnp.bfloat16:
         return plain(hidden, weight)
-    return lax.platform_dependent(hidden, weight, cpu=partial(native_linear, pool=pool), default=plain)
+    return lax.platform_dependent(hidden, weight, cpu=partial(native_linear, codec="bf16", pool=pool), default=plain)
 
 
 def _eligible(config: ModelConfig, choice: Float32[Array, "t e"]) -> Float32[Array, "t e"]:
