@@ -441,19 +441,60 @@ void Project(const Matrix& matrix, int64_t row_begin, int64_t row_end, const Pac
   project(matrix, row_begin, row_end, tokens, out, out_stride, workspace);
 }
 
-// The tokens of a tile lie side by side, two successive columns of each together: [columns / 2, tokens, 2].
+// Which column of a chunk of 64 goes to each place.
+template <typename C>
+struct PackingOrder {
+  alignas(64) uint16_t column[kHalf] = {};
+
+  constexpr PackingOrder() {
+    constexpr int kStep = C::template kStep<Tiles>;
+    for (int c = 0; c < kHalf; ++c) {
+      column[c / kStep * kStep + C::template Position<Tiles>(c % kStep)] = static_cast<uint16_t>(c);
+    }
+  }
+};
+template <typename C>
+constexpr PackingOrder<C> kPackingOrder;
+
+// The tokens of a tile lie side by side, two successive columns of each together: [columns / 2, width, 2].
+// A chunk of 64 columns of one token, `count` of which are there; the others become zeros.
+template <typename C>
+inline void PackChunk(const uint16_t* from, int64_t count, uint16_t* to, int64_t width) {
+  const uint64_t present = count >= kHalf ? ~uint64_t{0} : (uint64_t{1} << (count > 0 ? count : 0)) - 1;
+  const __m512i low = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(present), from);
+  const __m512i high = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(present >> 32), from + 32);
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(width)));
+  for (int half = 0; half < 2; ++half) {
+    const __m512i order = _mm512_load_si512(kPackingOrder<C>.column + 32 * half);
+    const __m512i pairs = _mm512_permutex2var_epi16(low, order, high);
+    uint16_t* place = to + 32 * half * width;
+    if (width == 1) {
+      _mm512_storeu_si512(place, pairs);
+    } else {
+      _mm512_i32scatter_epi32(place, places, pairs, 2 * sizeof(uint16_t));
+    }
+  }
+}
+
 // Behind a full tile the last one is filled up with zeros: a tile register's shape costs more to change.
 template <typename C>
 void Pack(const uint16_t* const* rows, int64_t begin, int64_t count, int64_t end, const PackedTokens& to) {
   constexpr int kStep = C::template kStep<Tiles>;
-  const int64_t width = to.tokens < kTileTokens ? to.tokens : kTileTokens;
+  const int64_t width = Smaller(to.tokens, kTileTokens);
+  const int64_t in_chunks = begin % kHalf == 0 ? begin + (end - begin) / kHalf * kHalf : begin;
   for (int64_t first = 0; first < to.tokens; first += width) {
     auto* tile = reinterpret_cast<uint16_t*>(to.data) + first * to.cols;
-    for (int64_t c = begin; c < end; ++c) {
-      const int64_t position = c / kStep * kStep + C::template Position<Tiles>(static_cast<int>(c % kStep));
-      uint16_t* place = tile + position / 2 * 2 * width + position % 2;
-      for (int64_t t = 0; t < width; ++t) {
-        place[2 * t] = c < begin + count && first + t < to.tokens ? rows[first + t][c - begin] : uint16_t{0};
+    for (int64_t t = 0; t < width; ++t) {
+      const bool is_there = first + t < to.tokens;
+      const uint16_t* row = rows[is_there ? first + t : first];
+      for (int64_t c = begin; c < in_chunks; c += kHalf) {
+        PackChunk<C>(row + (c - begin), is_there ? begin + count - c : 0, tile + c * width + 2 * t, width);
+      }
+      for (int64_t c = in_chunks; c < end; ++c) {
+        const int64_t position = c / kStep * kStep + C::template Position<Tiles>(static_cast<int>(c % kStep));
+        const bool is_present = is_there && c < begin + count;
+        tile[position / 2 * 2 * width + 2 * t + position % 2] = is_present ? row[c - begin] : uint16_t{0};
       }
     }
   }
