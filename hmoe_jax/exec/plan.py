@@ -137,7 +137,7 @@ def resolve(options: EngineOptions, config: ModelConfig, hardware: Hardware) -> 
         reasons["isa"] = f"{isa}, the best that this CPU offers"
     num_threads = resolve_num_threads(options.num_threads)
     if options.num_threads == "auto":
-        reasons["num_threads"] = f"{num_threads}, the CPUs that this process may use"
+        reasons["num_threads"] = f"{num_threads}, the physical cores that this process may use"
     layout = _layout(options, config, hardware, dtype, reasons)
     return Plan(
         device=hardware.device,

@@ -66,7 +66,7 @@ def test_machine_choices_are_explained() -> None:
     assert chosen.isa == available_isas()[0]
     assert chosen.num_threads >= 1
     assert chosen.reasons["isa"] == f"{chosen.isa}, the best that this CPU offers"
-    assert chosen.reasons["num_threads"] == f"{chosen.num_threads}, the CPUs that this process may use"
+    assert chosen.reasons["num_threads"] == f"{chosen.num_threads}, the physical cores that this process may use"
     assert chosen.reasons["max_model_len"] == f"{config().max_len}, the model's"
 
 
