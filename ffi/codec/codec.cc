@@ -82,6 +82,8 @@ int64_t Codec::MostBytes(int64_t rows, int64_t cols) const {
 
 Result<Matrix> Codec::Describe(int64_t rows, int64_t cols, std::span<const uint8_t> weights,
                                std::span<const uint8_t> scales, ScaleType scale_type) const {
+  if (rows < 1 || cols < 1)
+    return Fail("expected at least one row and one column, got [", rows, ", ", cols, "]");
   if (cols % column_multiple != 0) {
     return Fail("codec ", name, ": expected a multiple of ", column_multiple, " columns, got ", cols);
   }

@@ -24,8 +24,6 @@ constexpr int64_t kMaxParts = 16;
 constexpr int64_t kHeadPanels = 2;
 constexpr int64_t kHeadBlock = kHeadPanels * kPanel;
 
-int64_t RoundUp(int64_t size, int64_t multiple) { return CeilDiv(size, multiple) * multiple; }
-
 // A run of chunks of one sequence: the work of one task.
 struct Part {
   int64_t token, begin, end;  // positions

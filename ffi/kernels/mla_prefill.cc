@@ -24,8 +24,6 @@ constexpr int64_t kFloatStride = kChunk + 16, kHalfStride = kChunk + 32;
 // Queries that are multiplied together: the rows of two tiles.
 constexpr int64_t kQueries = 32;
 
-int64_t RoundUp(int64_t size, int64_t multiple) { return CeilDiv(size, multiple) * multiple; }
-
 // Tiles of the transpose of rows [count, cols]: as MlaKernels::interleave with rows and columns exchanged.
 // Plain code: it moves pairs, and what it prepares is multiplied many times.
 void InterleaveTransposed(const uint16_t* rows, int64_t stride, int64_t count, int64_t depth,

@@ -41,7 +41,7 @@ struct CodecKernels {
 inline constexpr int64_t kWorkspaceBytes = int64_t{1} << 20;
 
 struct IsaKernels {
-  CodecKernels codec[8];  // indexed by CodecId
+  CodecKernels codec[8];  // by CodecId
 
   // out = silu(gate) * up, rounded to bfloat16. The same bits in every ISA.
   void (*swiglu)(const float* gate, const float* up, int64_t count, uint16_t* out);

@@ -310,7 +310,7 @@ void ProjectPanel(const Matrix& matrix, int64_t row_begin, int64_t row_end,
 // for every tile of tokens. The panel is stored once, and a block of rows and tokens shares its loads.
 template <typename V, typename C>
 constexpr int64_t FirstPanelTokens() {
-  constexpr double kStore = 1, kDecode = 1.5;
+  constexpr double kStore = 1, kDecode = C::kBits == 16 ? 0.5 : 1.5;  // a load, or look-ups and shifts too
   constexpr double kFromSecond = V::kMultiplyCycles > 1 ? V::kMultiplyCycles : 1;
   constexpr double kBlockLoads = 0.5 * (V::kBlockRows + V::kBlockTokens) / (V::kBlockRows * V::kBlockTokens);
   constexpr double kFromBlock = V::kMultiplyCycles > kBlockLoads ? V::kMultiplyCycles : kBlockLoads;

@@ -106,6 +106,10 @@ void TestWhatDoesNotFitIsSaid() {
            "codec int4_group32 has no scales of type float32");
   CHECK_EQ(Refusal("mxfp4", 2, 64, 63, 4, ScaleType::kE8M0),
            "expected 64 bytes of weights for [2, 64] in codec mxfp4, got 63");
+  CHECK_EQ(Refusal("fp8_channel", 0, 8, 0, 0, ScaleType::kFloat32),
+           "expected at least one row and one column, got [0, 8]");
+  CHECK_EQ(Refusal("bf16", 8, 0, 0, 0, ScaleType::kFloat32),
+           "expected at least one row and one column, got [8, 0]");
   CHECK_EQ(Refusal("bf16", 1, 1, 2, 4, ScaleType::kFloat32), "expected no scales in codec bf16, got 4 bytes");
   CHECK_CONTAINS(FindCodec("fp7").error().message,
                  "codec 'fp7' is unknown: expected one of bf16, fp8_block, fp8_channel");

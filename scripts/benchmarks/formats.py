@@ -11,7 +11,6 @@ import numpy as np
 from hmoe_jax.architectures.deepseek_v3_checkpoint import MATRICES
 from hmoe_jax.experts.store import ExpertTensor, StoreShape
 from hmoe_jax.kernels import _native
-from hmoe_jax.kernels.pool import ThreadPool
 
 Shape = tuple[int, ...]
 
@@ -77,7 +76,7 @@ FORMATS = {
             E4M3,
             lambda rows, cols: (rows, cols),
             np.dtype(np.float32),
-            lambda rows, cols: (rows,),
+            lambda rows, cols: (rows, 1),
             scale=2.0**-13,
         ),
         Format(
@@ -85,7 +84,7 @@ FORMATS = {
             np.dtype(np.int8),
             lambda rows, cols: (rows, cols),
             np.dtype(np.float32),
-            lambda rows, cols: (rows,),
+            lambda rows, cols: (rows, 1),
             scale=2.0**-13,
         ),
         *map(_int4, (32, 64, 128)),
@@ -101,19 +100,9 @@ FORMATS = {
 }
 
 
-def native_formats(pool: ThreadPool) -> list[str]:
-    """Those that this build has kernels for: the native module is asked."""
-
-    def is_known(name: str) -> bool:
-        try:
-            _native.ExpertStore(pool.native, name, num_layers=1, num_experts=1, hidden=128, ffn=128).close()
-        except ValueError as error:
-            if f"codec '{name}' is unknown" in str(error):
-                return False
-            raise
-        return True
-
-    return [name for name in FORMATS if is_known(name)]
+def native_formats() -> list[str]:
+    """Those that this build has kernels for."""
+    return [name for name in FORMATS if name in _native.codec_names()]
 
 
 class ExpertMemory:

@@ -12,7 +12,7 @@
 namespace hmoe {
 namespace {
 
-// How far ahead of the walk over a matrix, in bytes: as in projection.h.
+// How far ahead of the walk over a matrix, in bytes: as in vector_projection.h.
 constexpr int64_t kAhead = 4096;
 
 template <typename V>

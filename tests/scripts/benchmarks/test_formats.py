@@ -66,7 +66,7 @@ def test_the_tile_is_made_of_ordinary_numbers_in_every_format() -> None:
 
 def test_every_format_that_the_native_module_knows_runs_and_reads_the_bytes_that_are_counted() -> None:
     with ThreadPool(1) as pool:
-        names = native_formats(pool)
+        names = native_formats()
         assert {"bf16", "fp8_block"} <= set(names)
         batch = Layer(SHAPE, 2, "skewed").batch(3)
         for name in names:
