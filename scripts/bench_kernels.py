@@ -34,9 +34,7 @@ from hmoe_jax.kernels.pool import ThreadPool, available_isas, cpu_name, resolve_
 
 _FORMATS = flags.DEFINE_list("formats", ["all"], "Weight formats, or all that this build knows.")
 _ISAS = flags.DEFINE_list("isas", ["auto"], "Instruction sets: names, auto for the best, or all that this CPU offers.")
-_THREADS = flags.DEFINE_list(
-    "threads", ["1", "all"], "Numbers of threads; all is one per physical core that may be used."
-)
+_THREADS = flags.DEFINE_list("threads", ["1", "all"], "Numbers of threads; all is one per physical core.")
 _TOKENS = flags.DEFINE_list("tokens", ["1", "2", "4", "8", "32", "128", "512"], "Tokens of a call.")
 _ROUTING = flags.DEFINE_enum("routing", "skewed", KINDS, "Which experts the tokens choose.")
 _NAIVE = flags.DEFINE_bool("naive", False, "Also time the loop that dequantises to FP32, then multiplies (fp8_block).")
