@@ -14,12 +14,13 @@ struct Entry {
 // known.
 constexpr Entry kEntries[] = {
 #if defined(__x86_64__)
-    {{"amx", &kAmxKernels}, [](const CpuFeatures& cpu) { return cpu.amx_bf16; }},
-    {{"avx512_bf16", &kAvx512Bf16Kernels}, [](const CpuFeatures& cpu) { return cpu.avx512_bf16; }},
-    {{"avx512", &kAvx512Kernels}, [](const CpuFeatures& cpu) { return cpu.avx512; }},
-    {{"avx2", &kAvx2Kernels}, [](const CpuFeatures& cpu) { return cpu.avx2; }},
+    {{"amx", &kAmxKernels, &kAmxMla}, [](const CpuFeatures& cpu) { return cpu.amx_bf16; }},
+    {{"avx512_bf16", &kAvx512Bf16Kernels, &kAvx512Bf16Mla},
+     [](const CpuFeatures& cpu) { return cpu.avx512_bf16; }},
+    {{"avx512", &kAvx512Kernels, &kAvx512Mla}, [](const CpuFeatures& cpu) { return cpu.avx512; }},
+    {{"avx2", &kAvx2Kernels, &kAvx2Mla}, [](const CpuFeatures& cpu) { return cpu.avx2; }},
 #endif
-    {{"scalar", &kScalarKernels}, [](const CpuFeatures&) { return true; }},
+    {{"scalar", &kScalarKernels, &kScalarMla}, [](const CpuFeatures&) { return true; }},
 };
 constexpr const char* kNames[] = {"amx", "avx512_bf16", "avx512", "avx2", "scalar"};
 

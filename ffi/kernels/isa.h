@@ -8,6 +8,7 @@
 
 #include "base/result.h"
 #include "codec/codec.h"
+#include "kernels/mla/table.h"
 #include "kernels/table.h"
 
 namespace hmoe {
@@ -15,6 +16,7 @@ namespace hmoe {
 struct Isa {
   const char* name;
   const IsaKernels* kernels;
+  const MlaKernels* mla;
 
   const CodecKernels& For(CodecId codec) const { return kernels->codec[static_cast<int>(codec)]; }
 };

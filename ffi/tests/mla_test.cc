@@ -40,7 +40,7 @@ struct Case {
     given.nope = nope.data(), given.rope = rope.data(), given.key = key.data(), given.value = value.data();
     given.cache = cache.data(), given.tables = tables.data(), given.positions = positions.data();
     given.out = out.data();
-    const Status status = kernel(*pool, MlaKernelsOf(isa.name), given);
+    const Status status = kernel(*pool, *isa.mla, given);
     CHECK(status.ok());
     return out;
   }

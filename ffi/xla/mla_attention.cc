@@ -57,7 +57,7 @@ Status Run(const Operands& given, Kernel kernel, bool shared_table, int64_t pool
   args.positions = DataOf<const int32_t>(given.positions);
   args.out = DataOf<uint16_t>(given.out);
   args.scale = scale;
-  return kernel(*pool.value()->pool, MlaKernelsOf(pool.value()->isa.name), args);
+  return kernel(*pool.value()->pool, *pool.value()->isa.mla, args);
 }
 
 ffi::Error Attend(ffi::AnyBuffer nope, ffi::AnyBuffer rope, ffi::AnyBuffer key, ffi::AnyBuffer value,

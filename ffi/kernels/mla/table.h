@@ -7,7 +7,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string_view>
 
 namespace hmoe {
 
@@ -61,8 +60,5 @@ extern const MlaKernels kAvx2Mla;
 extern const MlaKernels kAvx512Mla;
 extern const MlaKernels kAvx512Bf16Mla;
 extern const MlaKernels kAmxMla;
-
-// The kernels of an ISA that SelectIsa has offered, by its name.
-const MlaKernels& MlaKernelsOf(std::string_view isa_name);
 
 }  // namespace hmoe
