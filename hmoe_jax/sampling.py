@@ -62,8 +62,12 @@ class Sampled:
 
 def empty_state(num_rows: int, vocab_size: int) -> SamplerState:
     """`num_rows` greedy rows, and the one for padding."""
-    row = sampler_row(SamplingParams(temperature=0.0), vocab_size, prompt_ids=(), stop_ids=(), seed=0)
-    return jax.tree.map(lambda value: jnp.repeat(jnp.asarray(value)[None], num_rows + 1, axis=0), row)
+    return jax.tree.map(lambda value: jnp.broadcast_to(value, (num_rows + 1, *value.shape)), empty_row(vocab_size))
+
+
+def empty_row(vocab_size: int) -> SamplerState:
+    """The row (no leading axis, NumPy) of nobody."""
+    return sampler_row(SamplingParams(temperature=0.0), vocab_size, prompt_ids=(), stop_ids=(), seed=0)
 
 
 def sampler_row(

@@ -150,6 +150,15 @@ def test_a_failing_step_is_reported_and_frees_the_request(engine: Engine, before
     assert tokens(engine.generate(*REQUEST, use_tqdm=False)) == want
 
 
+def test_jax_may_forget_its_programs_and_serving_compiles_none_again(engine: Engine, before_step: Inject) -> None:
+    # In a long-lived process other programs push them out of JAX's caches. That nothing compiles, the fixture checks.
+    before_step(1, fail)
+    jax.clear_caches()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        engine.generate([prompt(33)], greedy(9), use_tqdm=False)
+    engine.generate(*REQUEST, use_tqdm=False)
+
+
 @pytest.mark.parametrize("name", ["plain", "mscales"])
 def test_closing_an_engine_frees_its_arrays_and_ends_its_thread(tmp_path: Path, name: str) -> None:
     def held() -> tuple[int, int]:

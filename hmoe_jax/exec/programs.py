@@ -15,8 +15,7 @@ from hmoe_jax.exec.backend import ExpertBackend
 from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch, decode_batch, prefill_batch
 from hmoe_jax.exec.plan import Plan
 from hmoe_jax.exec.step import DeviceState, StepModel, StepOutput, decode, prefill, prefill_scored
-from hmoe_jax.sampling import SamplerState, empty_state, sampler_row, set_row
-from hmoe_jax.sampling_params import SamplingParams
+from hmoe_jax.sampling import SamplerState, empty_row, empty_state, set_row
 
 StepFunction = Callable[[StepModel, DeviceState, Any], tuple[Any, DeviceState]]
 
@@ -38,8 +37,11 @@ class Executor:
         self.expert_stats = backend.stats
         self._weights, self._backend, self._device, self._on_close = weights, backend, plan.device, on_close
         self._dtype = plan.dtype
-        self._state = self._new_state()
-        self._admit = jax.jit(set_row, donate_argnums=0)
+        with jax.default_device(self._device):
+            self._empty_state = jax.jit(self._make_state).lower().compile()
+            self._state = self._empty_state()
+            slot, row = np.array(0, np.int32), empty_row(config.vocab_size)
+            self._admit = jax.jit(set_row, donate_argnums=0).lower(self._state.sampler, slot, row).compile()
         self._programs: dict[tuple[str, int], Callable[..., Any]] = {}
 
     def step(self, batch: PrefillBatch | DecodeBatch, *, scored: bool = False) -> StepOutput:
@@ -49,8 +51,7 @@ class Executor:
 
     def admit(self, slot: int, row: SamplerState) -> None:
         """Gives a slot to a new sequence."""
-        with jax.default_device(self._device):
-            sampler = self._admit(self._state.sampler, np.array(slot, np.int32), row)
+        sampler = self._admit(self._state.sampler, np.array(slot, np.int32), row)
         self._state = DeviceState(self._state.caches, sampler)
 
     def run(self, function: StepFunction, batch: PrefillBatch | DecodeBatch) -> Any:
@@ -65,10 +66,7 @@ class Executor:
             (prefill_scored, self.empty_prefill(self.buckets.scored)),
             *((decode, self.empty_decode(size)) for size in self.buckets.decode),
         ]
-        compile_jobs = [partial(self._program, function, batch) for function, batch in programs]
-        greedy = SamplingParams(temperature=0.0)
-        row = sampler_row(greedy, self.config.vocab_size, prompt_ids=(), stop_ids=(), seed=0)
-        return [*compile_jobs, partial(self.admit, 0, row)]
+        return [partial(self._program, function, batch) for function, batch in programs]
 
     @property
     def programs(self) -> dict[tuple[str, int], Callable[..., Any]]:
@@ -85,7 +83,7 @@ class Executor:
 
     def reset(self) -> None:
         """Forgets all sequences: for a step that failed, after which the donated state is gone."""
-        self._state = self._new_state()
+        self._state = self._empty_state()
 
     def close(self) -> None:
         """Frees the arrays at once, whoever still refers to the executor, and what its backend owns."""
@@ -93,9 +91,8 @@ class Executor:
             array.delete()
         self._on_close()
 
-    def _new_state(self) -> DeviceState:
-        with jax.default_device(self._device):
-            return DeviceState(self.layout.allocate(self._dtype), empty_state(self.num_slots, self.config.vocab_size))
+    def _make_state(self) -> DeviceState:
+        return DeviceState(self.layout.allocate(self._dtype), empty_state(self.num_slots, self.config.vocab_size))
 
     def _program(self, function: StepFunction, batch: PrefillBatch | DecodeBatch) -> Callable[..., Any]:
         key = (function.__name__, batch.tokens.shape[0])
