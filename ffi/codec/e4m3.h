@@ -69,20 +69,38 @@ struct E4M3 {
     return column;
   }
 
+  // Ordinary are all encodings but those of zero, subnormals and NaN: an encoding whose value here is at most
+  // kMostUsual. (Doubled, it loses the sign.)
+  static constexpr int kMostUsual = 252 - 16;
+  template <typename V>
+  static inline typename V::Bytes Unusual(typename V::Bytes encoded) {
+    return V::AddBytes(V::AddBytes(encoded, encoded), V::EveryByte(-16));
+  }
+
+  // The bytes of the bfloat16 are affine over bits. Its exponent is greater by 120: to e of four bits that
+  // adds 0111 1 before the highest bit, or flips those where it is set.
+  template <typename V>
+  static inline void DecodeOrdinary(typename V::Bytes encoded, typename V::Operand* out) {
+    V::Interleave(V::template Affine<0>(encoded, kLowByte), V::template Affine<0x3c>(encoded, kHighByte),
+                  out);
+  }
+
+  // The look-up indexes with the low 7 bits and so ignores the sign, which the high byte takes over.
+  template <typename V>
+  static inline void DecodeAny(typename V::Bytes encoded, typename V::Operand* out) {
+    const auto low = V::LookUp(kE4M3Bytes.low, encoded);
+    const auto high = V::CopyBits(V::LookUp(kE4M3Bytes.high, encoded), encoded, 0x80);
+    V::Interleave(low, high, out);
+  }
+
   template <typename V>
   static inline void Decode(const uint8_t* bytes, typename V::Operand* out) {
     if constexpr (V::kWay == DecodeWay::kBytes) {
       const auto encoded = V::LoadBytes(bytes);
-      if (__builtin_expect(V::AllWithin(V::AddBytes(encoded, encoded), 16, 252), 1)) {
-        // Without subnormals and NaN the bytes of the bfloat16 are affine over bits. Its exponent is greater
-        // by 120: to e of four bits that adds 0111 1 before the highest bit, or flips those where it is set.
-        V::Interleave(V::template Affine<0>(encoded, kLowByte), V::template Affine<0x3c>(encoded, kHighByte),
-                      out);
+      if (__builtin_expect(V::AllAtMost(Unusual<V>(encoded), kMostUsual), 1)) {
+        DecodeOrdinary<V>(encoded, out);
       } else {
-        // The look-up indexes with the low 7 bits and so ignores the sign, which the high byte takes over.
-        const auto low = V::LookUp(kE4M3Bytes.low, encoded);
-        const auto high = V::CopyBits(V::LookUp(kE4M3Bytes.high, encoded), encoded, 0x80);
-        V::Interleave(low, high, out);
+        DecodeAny<V>(encoded, out);
       }
     } else if constexpr (V::kWay == DecodeWay::kHalf) {
       // Moved to the exponent's place of an IEEE half (bias 15) the same bits mean 2^-8 of the weight,

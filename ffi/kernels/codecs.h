@@ -56,13 +56,31 @@ Row RowOf(const Matrix& matrix, int64_t row) {
           matrix.scales + row / matrix.rows_per_scale * ScaleBytesPerRow<C>(matrix.cols)};
 }
 
+// Where the scales of successive rows are, counted in rows of scales: a division for the first alone.
+class ScalePlace {
+ public:
+  ScalePlace(const Matrix& matrix, int64_t row)
+      : rows_per_scale_(matrix.rows_per_scale), place_(row / rows_per_scale_), next_(row % rows_per_scale_) {}
+
+  int64_t operator*() const { return place_; }
+  void operator++() {
+    if (++next_ == rows_per_scale_) {
+      next_ = 0;
+      ++place_;
+    }
+  }
+
+ private:
+  const int64_t rows_per_scale_;
+  int64_t place_, next_;
+};
+
 // The scale of a whole row, where a codec has such.
 template <typename C>
-float RowScale(const Matrix& matrix, int64_t row) {
+float RowScale(const Matrix& matrix, int64_t place) {
   if constexpr (C::kScaling != Scaling::kRow) {
     return 1;
   } else {
-    const int64_t place = row / matrix.rows_per_scale;
     if (matrix.scales_are_bf16) {
       uint16_t bits;
       __builtin_memcpy(&bits, matrix.scales + 2 * place, sizeof bits);
@@ -71,6 +89,28 @@ float RowScale(const Matrix& matrix, int64_t row) {
     float scale;
     __builtin_memcpy(&scale, matrix.scales + 4 * place, sizeof scale);
     return scale;
+  }
+}
+
+// The place of a column's packed activation, for an ISA with the vocabulary `V`.
+template <typename V, typename C>
+constexpr int64_t PackedPosition(int64_t column) {
+  constexpr int kStep = C::template kStep<V>;
+  return column / kStep * kStep + C::template Position<V>(static_cast<int>(column % kStep));
+}
+
+// What CodecKernels::decode does.
+template <typename V, typename C>
+void DecodeAll(const uint8_t* bytes, int64_t count, float* out) {
+  constexpr int kStep = C::template kStep<V>;
+  for (int64_t step = 0; step < count; step += kStep) {
+    typename V::Operand weights[kStep / V::kWidth];
+    typename V::Packed stored[kStep];
+    C::template Decode<V>(bytes + step * C::kBits / 8, weights);
+    for (int i = 0; i < kStep / V::kWidth; ++i) V::Store(stored + i * V::kWidth, weights[i]);
+    for (int c = 0; c < kStep; ++c) {
+      out[step + c] = V::ToFloat(stored[C::template Position<V>(c)]) * C::template kFactor<V>;
+    }
   }
 }
 

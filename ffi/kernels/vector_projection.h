@@ -140,7 +140,8 @@ void ProjectDirect(const Matrix& matrix, int64_t row_begin, int64_t row_end,
       MultiplyUnit<V, C, kTokens>(tail.weights, UnitScale<V, C>(tail.scales, 0), packed, whole * kUnit<V, C>,
                                   row);
     }
-    const float scale = RowScale<C>(matrix, r) * (kScaled<C> ? 1 : C::template kFactor<V>);
+    const float scale =
+        RowScale<C>(matrix, r / matrix.rows_per_scale) * (kScaled<C> ? 1 : C::template kFactor<V>);
     for (int t = 0; t < kTokens; ++t) {
       if (t < num_tokens) out[t * out_stride + r - row_begin] = V::Sum(row[t]) * scale;
     }
@@ -296,7 +297,8 @@ void ProjectPanel(const Matrix& matrix, int64_t row_begin, int64_t row_end,
                                                         PanelOf::kUnits, here, num_tokens, panel->sums);
     }
     for (int64_t r = 0; r < num_rows; ++r) {
-      const float scale = RowScale<C>(matrix, row + r) * (kScaled<C> ? 1 : C::template kFactor<V>);
+      const float scale =
+          RowScale<C>(matrix, (row + r) / matrix.rows_per_scale) * (kScaled<C> ? 1 : C::template kFactor<V>);
       for (int64_t t = 0; t < num_tokens; ++t) {
         out[t * out_stride + row + r - row_begin] = V::Sum(panel->sums[r * num_tokens + t]) * scale;
       }
@@ -340,31 +342,11 @@ void Project(const Matrix& matrix, int64_t row_begin, int64_t row_end, const Pac
 }
 
 template <typename V, typename C>
-inline int64_t PackedPosition(int64_t column) {
-  constexpr int kStep = C::template kStep<V>;
-  return column / kStep * kStep + C::template Position<V>(static_cast<int>(column % kStep));
-}
-
-template <typename V, typename C>
 void Pack(const uint16_t* const* rows, int64_t begin, int64_t count, int64_t end, const PackedTokens& to) {
   for (int64_t t = 0; t < to.tokens; ++t) {
     auto* packed = reinterpret_cast<typename V::Packed*>(to.data) + t * to.cols;
     for (int64_t i = 0; i < count; ++i) packed[PackedPosition<V, C>(begin + i)] = V::FromBf16(rows[t][i]);
     for (int64_t c = begin + count; c < end; ++c) packed[PackedPosition<V, C>(c)] = {};
-  }
-}
-
-template <typename V, typename C>
-void DecodeAll(const uint8_t* bytes, int64_t count, float* out) {
-  constexpr int kStep = C::template kStep<V>;
-  for (int64_t step = 0; step < count; step += kStep) {
-    typename V::Operand weights[kStep / V::kWidth];
-    typename V::Packed stored[kStep];
-    C::template Decode<V>(bytes + step * C::kBits / 8, weights);
-    for (int i = 0; i < kStep / V::kWidth; ++i) V::Store(stored + i * V::kWidth, weights[i]);
-    for (int c = 0; c < kStep; ++c) {
-      out[step + c] = V::ToFloat(stored[C::template Position<V>(c)]) * C::template kFactor<V>;
-    }
   }
 }
 

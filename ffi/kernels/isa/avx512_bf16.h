@@ -30,10 +30,9 @@ struct Avx512Bf16 : Spread512 {
 
   static Bytes LoadBytes(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }
   static Bytes AddBytes(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
-  static bool AllWithin(Bytes x, int least, int most) {
-    const Bytes above = _mm512_sub_epi8(x, _mm512_set1_epi8(static_cast<char>(least)));
-    return _mm512_cmpgt_epu8_mask(above, _mm512_set1_epi8(static_cast<char>(most - least))) == 0;
-  }
+  static Bytes EveryByte(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
+  static Bytes MaxBytes(Bytes a, Bytes b) { return _mm512_max_epu8(a, b); }
+  static bool AllAtMost(Bytes x, int most) { return _mm512_cmpgt_epu8_mask(x, EveryByte(most)) == 0; }
   template <int kFlipped>
   static Bytes Affine(Bytes x, uint64_t matrix) {
     return _mm512_gf2p8affine_epi64_epi8(x, _mm512_set1_epi64(static_cast<long long>(matrix)), kFlipped);
@@ -44,7 +43,7 @@ struct Avx512Bf16 : Spread512 {
   // `to`, with the bits of `mask` taken from `from`. 0xca is "mask ? from : to" as a truth table of (mask,
   // from, to).
   static Bytes CopyBits(Bytes to, Bytes from, int mask) {
-    return _mm512_ternarylogic_epi32(_mm512_set1_epi8(static_cast<char>(mask)), from, to, 0xca);
+    return _mm512_ternarylogic_epi32(EveryByte(mask), from, to, 0xca);
   }
 
   // Within every 16 bytes the unpack instructions pair the first eight into one operand, the last into the

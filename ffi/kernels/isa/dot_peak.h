@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #endif
 #if defined(__AMX_TILE__)
-#include "kernels/isa/tiles.h"
+#include "kernels/isa/amx/tiles.h"
 #endif
 
 namespace hmoe {

@@ -1,6 +1,6 @@
 // AMX: a tile of 16 rows times a tile of a panel (32 deep, 16 columns) in one instruction.
 
-#include "kernels/isa/tiles.h"
+#include "kernels/isa/amx/tiles.h"
 #include "kernels/mla/avx512_bf16.h"
 
 namespace hmoe {

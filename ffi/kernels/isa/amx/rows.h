@@ -1,0 +1,228 @@
+// Rows of weights as tiles want them: decoded to bfloat16, a slice of columns at a time, and the scales of
+// their blocks or groups.
+#pragma once
+
+#include "kernels/codecs.h"
+#include "kernels/isa/amx/tiles.h"
+#include "kernels/isa/avx512_bf16.h"
+
+namespace hmoe {
+namespace {
+
+constexpr int64_t kStripRows = 2 * kTileRows;  // rows that are decoded together
+constexpr int64_t kColumns = 128;              // of a block
+constexpr int kSteps = kColumns / kTileColumns;
+constexpr int64_t kWindow = 16;  // scales of a row that are read at once
+
+constexpr int64_t Smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// How 32 columns of a row become a row of a weight tile.
+struct Tiles : Avx512Bf16 {
+  static constexpr int kNibbleStep = 32;
+
+  static Operand Table(const NibbleTable& table) { return _mm512_load_si512(table.bf16); }
+
+  // Each quarter of the register takes the same 16 bytes, shifted so that another of a word's four weights
+  // comes to its low bits: the operand holds 32 successive columns, one group's.
+  static Operand LookUpGroup(Operand table, const uint8_t* bytes) {
+    constexpr long long kFour = 0x0004000400040004;
+    const __m512i shifts = _mm512_setr_epi64(0, 0, kFour, kFour, 2 * kFour, 2 * kFour, 3 * kFour, 3 * kFour);
+    const __m512i words = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, shifts), table);
+  }
+  static void LookUpNibbles(const NibbleTable& table, const uint8_t* bytes, Operand* out) {
+    out[0] = LookUpGroup(Table(table), bytes);
+  }
+  static constexpr int NibblePosition(int column) { return column % 4 * 8 + column / 4; }
+};
+
+// Where sums of a part of a row are scaled, each by a scale of its own; and where the scale goes into the
+// decoded weights. Elsewhere it belongs to a whole row, or there is none.
+template <typename C>
+constexpr bool kScalesSums = C::kScaling == Scaling::kBlock || C::kScaling == Scaling::kGroupBf16;
+template <typename C>
+constexpr bool kScalesWeights = C::kScaling == Scaling::kGroupE8M0;
+
+template <typename C>
+constexpr int kScalesPerBlock = kScalesSums<C> || kScalesWeights<C> ? kColumns / ColumnsPerScale<C>() : 0;
+
+// Columns that are decoded at once: of a block, and in steps of a tile.
+template <typename C>
+constexpr int kSlice = C::template kStep<Tiles>;
+template <typename C>
+constexpr int kStepsPerSlice = kSlice<C> / kTileColumns;
+
+// What a window of scales becomes: floats to multiply sums with; of MXFP4, what is to be added to each of two
+// bfloat16 for a power of two.
+template <typename C>
+struct ScaleWindow {
+  alignas(64) uint32_t scale[kStripRows][kWindow];
+  uint16_t special[kStripRows];  // a bit for each power of two with which weights leave the normal numbers
+};
+
+// Up to two tiles of rows, which follow each other in memory.
+template <typename C>
+class Rows {
+ public:
+  Rows(const Matrix& matrix, int64_t begin, int64_t end)
+      : weights_(RowOf<C>(matrix, begin).weights), count_(end - begin), cols_(matrix.cols) {
+    if constexpr (kScalesPerBlock<C> > 0) {
+      ScalePlace place(matrix, begin);
+      for (int64_t r = 0; r < count_; ++r, ++place) {
+        scales_[r] = matrix.scales + *place * ScaleBytesPerRow<C>(cols_);
+      }
+    }
+  }
+
+  int64_t blocks() const { return (cols_ + kColumns - 1) / kColumns; }
+
+  // The first kTiles tiles of rows, a slice of columns: to the first weight tiles of them at `to`, the others
+  // of the slice behind it, and those of the next tile of rows a block behind. What is beyond the matrix
+  // becomes zeros, and nothing is read there.
+  template <int kTiles>
+  inline __attribute__((always_inline)) void Decode(int64_t block, int slice, const ScaleWindow<C>& window,
+                                                    uint16_t* to) const {
+    const int64_t column = block * kColumns + slice * kSlice<C>;
+#pragma GCC unroll 2
+    for (int64_t first = 0; first < kTiles * kTileRows; first += kTileRows, to += kSteps * kTileWeights) {
+      if (__builtin_expect(cols_ - column < kSlice<C> || count_ < first + kTileRows, 0)) {
+        DecodePresent(first, Smaller(kTileRows, count_ - first), column, to);
+        continue;
+      }
+      const int64_t place = column * C::kBits / 8;
+      const uint8_t* bytes = weights_ + first * stride_ + place;
+      // At the end of a row its next line is that of the row that comes after all of these.
+      const uint8_t* ahead = bytes + (place + kAhead < stride_ ? kAhead : kAhead + next_);
+#pragma GCC unroll 4
+      for (int r = 0; r < kTileRows; r += 4, bytes += 4 * stride_, ahead += 4 * stride_) {
+        if (slice * kSliceBytes % 64 == 0) {
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i) {
+            for (int64_t line = 0; line < kSliceBytes; line += 64)
+              __builtin_prefetch(ahead + i * stride_ + line);
+          }
+        }
+        if constexpr (kScalesWeights<C>) {
+          DecodeFourGroups(bytes, window, first + r, column / C::kGroup, to + r * kTileColumns);
+        } else {
+          DecodeFour(bytes, to + r * kTileColumns);
+        }
+      }
+    }
+  }
+
+  // Scales [index * kWindow, (index + 1) * kWindow) of each row; zeros beyond the matrix.
+  void ReadScales(int64_t index, ScaleWindow<C>* to) const {
+    constexpr int kBytes = BytesOfScale(C::kScaling);
+    const int64_t left = ScaleBytesPerRow<C>(cols_) / kBytes - index * kWindow;
+    const auto present = static_cast<__mmask16>(left >= kWindow ? 0xffff : (1 << left) - 1);
+    for (int64_t r = 0; r < count_; ++r) {
+      const uint8_t* from = scales_[r] + index * kWindow * kBytes;
+      __m512i scale;
+      if constexpr (C::kScaling == Scaling::kBlock) {
+        scale = _mm512_maskz_loadu_epi32(present, from);
+      } else if constexpr (C::kScaling == Scaling::kGroupBf16) {
+        scale = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(present, from)), 16);
+      } else {
+        const __m512i exponents = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(present, from));
+        to->special[r] = _mm512_mask_cmpgt_epu32_mask(
+            present, _mm512_sub_epi32(exponents, _mm512_set1_epi32(2)), _mm512_set1_epi32(250));
+        const __m512i power = _mm512_slli_epi32(_mm512_sub_epi32(exponents, _mm512_set1_epi32(127)), 7);
+        scale = _mm512_mask_blend_epi16(0xaaaaaaaa, power, _mm512_slli_epi32(power, 16));
+      }
+      _mm512_store_si512(to->scale[r], scale);
+    }
+  }
+
+ private:
+  static constexpr int64_t kSliceBytes = kSlice<C> * C::kBits / 8;
+  static constexpr int64_t kAhead = 512;  // bytes of each row
+
+  // A slice of a row becomes a row of a weight tile at `to`, or of two that follow each other.
+  static inline __attribute__((always_inline)) void DecodeOne(const uint8_t* bytes, uint16_t* to) {
+    __m512i decoded[kStepsPerSlice<C>];
+    C::template Decode<Tiles>(bytes, decoded);
+#pragma GCC unroll 2
+    for (int i = 0; i < kStepsPerSlice<C>; ++i) Tiles::Store(to + i * kTileWeights, decoded[i]);
+  }
+
+  // Four rows. Of E4M3 they are looked at together: a comparison is as much work as decoding half a row.
+  inline __attribute__((always_inline)) void DecodeFour(const uint8_t* bytes, uint16_t* to) const {
+    if constexpr (requires { C::kMostUsual; }) {
+      __m512i encoded[4], most = _mm512_setzero_si512();
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        encoded[i] = Tiles::LoadBytes(bytes + i * stride_);
+        most = Tiles::MaxBytes(most, C::template Unusual<Tiles>(encoded[i]));
+      }
+      if (__builtin_expect(Tiles::AllAtMost(most, C::kMostUsual), 1)) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          __m512i decoded[2];
+          C::template DecodeOrdinary<Tiles>(encoded[i], decoded);
+          Tiles::Store(to + i * kTileColumns, decoded[0]);
+          Tiles::Store(to + i * kTileColumns + kTileWeights, decoded[1]);
+        }
+        return;
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) DecodeOne(bytes + i * stride_, to + i * kTileColumns);
+  }
+
+  // A group of MXFP4 in each of four rows, with its power of two: that goes into the exponents of the table's
+  // entries. Only what would leave the normal numbers is computed one by one: E2M1 itself uses the exponents
+  // 126 to 129.
+  inline __attribute__((always_inline)) void DecodeFourGroups(const uint8_t* bytes,
+                                                              const ScaleWindow<C>& window, int64_t row,
+                                                              int64_t group, uint16_t* to) const {
+    constexpr __mmask32 kNotZero = 0xfefefefe;
+    const __m512i table = Tiles::Table(C::kTable);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const uint8_t* from = bytes + i * stride_;
+      if (__builtin_expect(window.special[row + i] >> group % kWindow & 1, 0)) {
+        DecodeGroupExactly(from, scales_[row + i][group], to + i * kTileColumns);
+        continue;
+      }
+      const __m512i power = _mm512_set1_epi32(static_cast<int>(window.scale[row + i][group % kWindow]));
+      Tiles::Store(to + i * kTileColumns,
+                   Tiles::LookUpGroup(_mm512_mask_add_epi16(table, kNotZero, table, power), from));
+    }
+  }
+
+  static __attribute__((noinline)) void DecodeGroupExactly(const uint8_t* bytes, unsigned exponent,
+                                                           uint16_t* to) {
+    for (int column = 0; column < kTileColumns; ++column) {
+      const float value = C::kTable.value[bytes[column / 2] >> (column % 2 * 4) & 15];
+      to[Tiles::NibblePosition(column)] = Bf16FromFloat(value * FloatFromE8M0(exponent));
+    }
+  }
+
+  // Where rows or columns are missing.
+  __attribute__((noinline)) void DecodePresent(int64_t first, int64_t count, int64_t column,
+                                               uint16_t* to) const {
+    const int64_t present = Smaller(kSlice<C>, cols_ - column);
+    for (int64_t r = first; r < first + count; ++r, to += kTileColumns) {
+      uint8_t bytes[kSliceBytes] = {};
+      if (present > 0) {
+        __builtin_memcpy(bytes, weights_ + r * stride_ + column * C::kBits / 8,
+                         static_cast<size_t>(present * C::kBits / 8));
+      }
+      if constexpr (kScalesWeights<C>) {
+        DecodeGroupExactly(bytes, present > 0 ? scales_[r][column / C::kGroup] : 0, to);
+      } else {
+        DecodeOne(bytes, to);
+      }
+    }
+  }
+
+  const uint8_t* const weights_;
+  const int64_t count_, cols_;
+  const int64_t stride_ = cols_ * C::kBits / 8;  // bytes
+  const int64_t next_ = (count_ - 1) * stride_;  // from the end of a row to the one after all of these
+  const uint8_t* scales_[kStripRows];
+};
+
+}  // namespace
+}  // namespace hmoe
