@@ -51,7 +51,9 @@ std::vector<std::string> OfferedIsaNames() {
 
 Result<const Isa*> SelectIsa(std::string_view name) {
   for (const Isa* isa : Offered()) {
-    if (name == "auto" || name == isa->name) return isa;
+    if (name != "auto" && name != isa->name) continue;
+    if (isa->kernels != &kAmxKernels || AskForTiles()) return isa;
+    if (name != "auto") return Fail("isa 'amx': the kernel does not let this process use tiles");
   }
   for (const char* known : kNames) {
     if (name == known) {

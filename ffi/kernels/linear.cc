@@ -32,7 +32,7 @@ void Linear(ThreadPool& pool, const Isa& isa, const Codec& codec, const Matrix& 
     auto* workspace = thread.Memory<uint8_t>(kWorkspaceBytes);
     for (int64_t p = 0; p < num_portions; ++p) {
       kernels.project(matrix, begin, end, portions[p], out + p * kMaxTokens * matrix.rows + begin,
-                      matrix.rows, workspace);
+                      matrix.rows, nullptr, workspace);
     }
   });
 }

@@ -30,6 +30,12 @@ struct Portions {
   int64_t tokens() const { return active->end - active->begin; }
 };
 
+bool SameTokens(std::span<const Pair> pairs, const Portion& a, const Portion& b) {
+  return a.hidden.tokens == b.hidden.tokens &&
+         std::equal(&pairs[a.begin], &pairs[a.begin] + a.hidden.tokens, &pairs[b.begin],
+                    [](const Pair& x, const Pair& y) { return x.token == y.token; });
+}
+
 // One call. Two phases with a barrier after each: all of gate and up, then all of down. Down is cut by output
 // rows and not by experts, so a task sums over the experts by itself: no reduction, no atomics, and an order
 // that does not depend on the threads.
@@ -56,14 +62,21 @@ class Call {
 
  private:
   void CutIntoPortions();
+  void TakeRoom(Portion& portion);
   void Pack(const uint16_t* hidden);
   void GateAndUp();
   void GateAndUpRows(const Portions& expert, int64_t row_begin, int64_t row_end, TaskMemory& memory);
   void Down();
-  void DownRows(const Portions& expert, int64_t row_begin, int64_t row_end, TaskMemory& memory);
-  RowTasks Cut(int64_t rows, int64_t row_bytes, int64_t matrices) const {
+  void DownRows(const Portions& expert, int64_t row_begin, int64_t row_end, const uint8_t* next,
+                TaskMemory& memory);
+  RowTasks Cut(int64_t rows, int64_t cols, int64_t matrices) const {
     const int64_t active = std::max<int64_t>(1, std::ssize(groups_.experts));
+    const int64_t row_bytes = store_.codec().WeightBytes(1, cols);
     return CutRows({rows, row_bytes, std::ssize(groups_.pairs) / active, matrices}, session_);
+  }
+  const uint8_t* RowsOf(const Portions& expert, MatrixName name, int64_t row) const {
+    const Matrix& matrix = store_.Expert(layer_, expert.active->expert)[name];
+    return matrix.weights + store_.codec().WeightBytes(row, matrix.cols);
   }
 
   ExpertStore& store_;
@@ -76,6 +89,7 @@ class Call {
   const Groups groups_;
   std::span<Portions> experts_;  // ascending, as the sums are made
   std::span<Portion> portions_;  // of all experts
+  std::span<const Portion*> to_pack_;
 };
 
 void Call::CutIntoPortions() {
@@ -85,23 +99,38 @@ void Call::CutIntoPortions() {
     num_portions += CeilDiv(active.end - active.begin, kMaxTokens);
   portions_ = {scratch.Take<Portion>(num_portions), static_cast<size_t>(num_portions)};
   experts_ = {scratch.Take<Portions>(std::ssize(groups_.experts)), groups_.experts.size()};
+  to_pack_ = {scratch.Take<const Portion*>(num_portions), 0};
   size_t next = 0;
   for (size_t e = 0; e < experts_.size(); ++e) {
     const ActiveExpert& active = groups_.experts[e];
     const size_t first = next;
     for (int64_t begin = active.begin; begin < active.end; begin += kMaxTokens) {
-      const int64_t count = std::min(kMaxTokens, active.end - begin);
-      portions_[next++] = {begin, TakePacked(scratch, kernels_, count, store_.shape().hidden),
-                           TakePacked(scratch, kernels_, count, store_.shape().ffn)};
+      Portion& portion = portions_[next++];
+      portion = {begin, {nullptr, std::min(kMaxTokens, active.end - begin), 0}, {}};
+      TakeRoom(portion);
     }
     experts_[e] = {&active, portions_.subspan(first, next - first)};
   }
 }
 
+// Experts of the same tokens share what goes into them: all experts do where there is one token.
+void Call::TakeRoom(Portion& portion) {
+  Scratch& scratch = session_.scratch();
+  const int64_t tokens = portion.hidden.tokens;
+  portion.inner = TakePacked(scratch, kernels_, tokens, store_.shape().ffn);
+  if (!to_pack_.empty() && SameTokens(groups_.pairs, *to_pack_.back(), portion)) {
+    portion.hidden = to_pack_.back()->hidden;
+  } else {
+    portion.hidden = TakePacked(scratch, kernels_, tokens, store_.shape().hidden);
+    to_pack_ = {to_pack_.data(), to_pack_.size() + 1};
+    to_pack_.back() = &portion;
+  }
+}
+
 void Call::Pack(const uint16_t* hidden) {
   const int64_t width = store_.shape().hidden;
-  session_.Run(std::ssize(portions_), [&](int64_t p) noexcept {
-    const Portion& portion = portions_[static_cast<size_t>(p)];
+  session_.Run(std::ssize(to_pack_), [&](int64_t p) noexcept {
+    const Portion& portion = *to_pack_[static_cast<size_t>(p)];
     const uint16_t* rows[kMaxTokens];
     for (int64_t t = 0; t < portion.hidden.tokens; ++t) {
       rows[t] = hidden + groups_.pairs[static_cast<size_t>(portion.begin + t)].token * width;
@@ -119,7 +148,7 @@ void Call::GateAndUp() {
   });
 
   const StoreShape& shape = store_.shape();
-  const RowTasks rows = Cut(shape.ffn, 2 * store_.codec().WeightBytes(1, shape.hidden), std::ssize(experts_));
+  const RowTasks rows = Cut(shape.ffn, shape.hidden, std::ssize(experts_));
   session_.RunByNode(
       std::ssize(experts_) * rows.per_node(), [&](int node, int64_t task, TaskThread& thread) noexcept {
         const int64_t begin = rows.begin(node, task % rows.per_node()),
@@ -136,8 +165,8 @@ void Call::GateAndUpRows(const Portions& expert, int64_t row_begin, int64_t row_
   for (const Portion& portion : expert.portions) {
     const int64_t num_tokens = portion.hidden.tokens;
     kernels_.project(weights[MatrixName::kGate], row_begin, row_end, portion.hidden, gate, num_rows,
-                     memory.workspace);
-    kernels_.project(weights[MatrixName::kUp], row_begin, row_end, portion.hidden, up, num_rows,
+                     RowsOf(expert, MatrixName::kUp, row_begin), memory.workspace);
+    kernels_.project(weights[MatrixName::kUp], row_begin, row_end, portion.hidden, up, num_rows, nullptr,
                      memory.workspace);
     isa_.swiglu(gate, up, num_tokens * num_rows, memory.rounded);
     const uint16_t* rows[kMaxTokens];
@@ -149,22 +178,27 @@ void Call::GateAndUpRows(const Portions& expert, int64_t row_begin, int64_t row_
 
 void Call::Down() {
   const StoreShape& shape = store_.shape();
-  const RowTasks rows = Cut(shape.hidden, store_.codec().WeightBytes(1, shape.ffn), 1);
+  const RowTasks rows = Cut(shape.hidden, shape.ffn, 1);
   session_.RunByNode(rows.per_node(), [&](int node, int64_t task, TaskThread& thread) noexcept {
     const int64_t begin = rows.begin(node, task), end = rows.end(node, task);
     if (begin >= end) return;
     for (int64_t t = 0; t < tokens_; ++t)
       std::fill(out_ + t * shape.hidden + begin, out_ + t * shape.hidden + end, 0.0f);
-    for (const Portions& expert : experts_) DownRows(expert, begin, end, *thread.Memory<TaskMemory>(1));
+    for (size_t e = 0; e < experts_.size(); ++e) {
+      const uint8_t* next =
+          e + 1 < experts_.size() ? RowsOf(experts_[e + 1], MatrixName::kDown, begin) : nullptr;
+      DownRows(experts_[e], begin, end, next, *thread.Memory<TaskMemory>(1));
+    }
   });
 }
 
-void Call::DownRows(const Portions& expert, int64_t row_begin, int64_t row_end, TaskMemory& memory) {
+void Call::DownRows(const Portions& expert, int64_t row_begin, int64_t row_end, const uint8_t* next,
+                    TaskMemory& memory) {
   const Matrix& down = store_.Expert(layer_, expert.active->expert)[MatrixName::kDown];
   const int64_t num_rows = row_end - row_begin;
   float* projected = memory.first;
   for (const Portion& portion : expert.portions) {
-    kernels_.project(down, row_begin, row_end, portion.inner, projected, num_rows, memory.workspace);
+    kernels_.project(down, row_begin, row_end, portion.inner, projected, num_rows, next, memory.workspace);
     for (int64_t t = 0; t < portion.inner.tokens; ++t) {
       const Pair& pair = groups_.pairs[static_cast<size_t>(portion.begin + t)];
       isa_.add_scaled(pair.weight, projected + t * num_rows, num_rows,

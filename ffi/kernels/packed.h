@@ -15,9 +15,12 @@ inline int64_t PackedBytes(const CodecKernels& kernels, int64_t tokens, int64_t 
   return places * RoundUp(cols, kBlock) * kernels.packed_bytes;
 }
 
-// Room for `tokens` (at most kMaxTokens) times `cols` activations.
+// Room for `tokens` (at most kMaxTokens) times `cols` activations, aligned to a page.
 inline PackedTokens TakePacked(Scratch& scratch, const CodecKernels& kernels, int64_t tokens, int64_t cols) {
-  return {scratch.Take<uint8_t>(PackedBytes(kernels, tokens, cols)), tokens, RoundUp(cols, kBlock)};
+  constexpr uintptr_t kPage = 4096;
+  auto* room = scratch.Take<uint8_t>(PackedBytes(kernels, tokens, cols) + static_cast<int64_t>(kPage));
+  room += -reinterpret_cast<uintptr_t>(room) % kPage;
+  return {room, tokens, RoundUp(cols, kBlock)};
 }
 
 }  // namespace hmoe

@@ -10,7 +10,9 @@ namespace hmoe {
 inline constexpr int64_t kMaxTokens = 64;  // of one call of `project`
 inline constexpr int64_t kMaxRows = 256;
 
-// Activations of a few tokens, packed as an ISA and a codec want them. `cols` is a multiple of kBlock.
+// Activations of a few tokens, packed as an ISA and a codec want them. `cols` is a multiple of kBlock. Like a
+// workspace, they are best aligned to a page: a load that has an address's last 12 bits in common with an
+// earlier store waits for it, and kernels store where they do not load, counted from the beginning of a page.
 struct PackedTokens {
   uint8_t* data = nullptr;
   int64_t tokens = 0;
@@ -30,9 +32,11 @@ struct CodecKernels {
 
   // out[t * out_stride + r - row_begin] = row r of the matrix times token t, for up to kMaxTokens tokens and
   // kMaxRows rows. The bits of a result depend on the row and the token alone: not on how many tokens there
-  // are and not on the range of rows. `workspace` has kWorkspaceBytes, aligned to a cache line.
+  // are and not on the range of rows. `next` is what the caller reads after this, rows of as many bytes each,
+  // or null: a kernel may ask memory for it. `workspace` has kWorkspaceBytes, aligned to a cache line; to a
+  // page is faster.
   void (*project)(const Matrix& matrix, int64_t row_begin, int64_t row_end, const PackedTokens& tokens,
-                  float* out, int64_t out_stride, uint8_t* workspace);
+                  float* out, int64_t out_stride, const uint8_t* next, uint8_t* workspace);
 
   // The values of `count` weights (a multiple of kBlock) through the decode that `project` uses, unscaled.
   void (*decode)(const uint8_t* bytes, int64_t count, float* out);

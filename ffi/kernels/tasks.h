@@ -6,6 +6,7 @@
 
 #include "codec/codec.h"
 #include "kernels/table.h"
+#include "machine/cpu.h"
 #include "machine/pool.h"
 
 namespace hmoe {
@@ -26,8 +27,7 @@ struct RowTasks {
   }
 };
 
-// What a cut has to know: the bytes that one row of a task reads, how many tokens use them, and how many
-// matrices are cut alike.
+// What a cut has to know: the bytes of a row, how many tokens use it, and how many matrices are cut alike.
 struct Work {
   int64_t rows;
   int64_t row_bytes;
@@ -35,14 +35,15 @@ struct Work {
   int64_t matrices;
 };
 
-// About 128 KB of weights per task: some 10 us of one core's memory bandwidth, far more than one atomic
-// operation to claim it, and a fraction of the smallest L2 cache (1 MB), beside the activations. With many
-// tokens as many rows as a kernel takes: they share the packed activations that pass through the cache. Fewer
-// where the threads would run out of tasks: with eight each, the last one finishes within an eighth of the
-// others.
+// A task reads a quarter of the second cache from each of its matrices: some 30 us of one core's memory
+// bandwidth, so that neither claiming it counts nor its first lines, which nobody asked for in time. With
+// many tokens as many rows as a kernel takes: they share the packed activations that pass through the cache.
+// Fewer where the threads would run out of tasks: with eight each, the last one finishes within an eighth of
+// the others.
 inline RowTasks CutRows(const Work& work, const ThreadPool::Session& session) {
-  constexpr int64_t kTaskBytes = 128 * 1024, kTileRows = 16, kManyTokens = 16;
-  const int64_t by_use = work.tokens > kManyTokens ? kMaxRows : kTaskBytes / work.row_bytes;
+  constexpr int64_t kTileRows = 16, kManyTokens = 16;
+  static const int64_t run_bytes = SecondCacheBytes() / 4;
+  const int64_t by_use = work.tokens > kManyTokens ? kMaxRows : run_bytes / work.row_bytes;
   const int64_t by_threads = work.rows * work.matrices / (8 * session.num_threads());
   const int64_t wanted = std::clamp(std::min(by_use, by_threads), kTileRows, kMaxRows);
   return {work.rows, RoundUp(CeilDiv(work.rows, session.num_nodes()), kTileRows),

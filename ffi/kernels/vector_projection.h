@@ -326,7 +326,7 @@ constexpr int64_t FirstPanelTokens() {
 
 template <typename V, typename C>
 void Project(const Matrix& matrix, int64_t row_begin, int64_t row_end, const PackedTokens& tokens, float* out,
-             int64_t out_stride, uint8_t* workspace) {
+             int64_t out_stride, const uint8_t* /*next*/, uint8_t* workspace) {
   const typename V::Packed* packed[kMaxTokens + V::kTile];
   for (int64_t t = 0; t < tokens.tokens + V::kTile; ++t) {  // a tile that is not full repeats the last token
     const int64_t token = t < tokens.tokens ? t : tokens.tokens - 1;

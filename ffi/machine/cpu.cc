@@ -1,12 +1,13 @@
 #include "machine/cpu.h"
 
+#include <unistd.h>
+
 #include <cstdint>
 #include <cstring>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace hmoe {
@@ -36,11 +37,12 @@ uint64_t SavedStates(const Leaf& leaf1) {
   return uint64_t{high} << 32 | low;
 }
 
-// Tile data is 8 KB that a thread's saved state has only after the process asked for it (Linux 5.16). Refused
-// where the kernel does not know it, or where a thread has a signal stack that is too small for it.
-bool MayUseTiles() {
-  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
-  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+constexpr int kTileData = 18;  // a component of a thread's saved state
+
+bool KernelKnowsTiles() {                // Linux 5.16
+  constexpr int kGetSupported = 0x1021;  // ARCH_GET_XCOMP_SUPP
+  uint64_t supported = 0;
+  return syscall(SYS_arch_prctl, kGetSupported, &supported) == 0 && (supported >> kTileData & 1) != 0;
 }
 
 }  // namespace
@@ -59,8 +61,13 @@ CpuFeatures DetectCpu() {
   features.avx512_bf16 = features.avx512 && Bit(leaf7.ecx, 1) && Bit(leaf7.ecx, 8) && Bit(leaf7_1.eax, 5);
   const bool saves_tiles = (saved >> 17 & 3) == 3;
   features.amx_bf16 =
-      features.avx512_bf16 && saves_tiles && Bit(leaf7.edx, 22) && Bit(leaf7.edx, 24) && MayUseTiles();
+      features.avx512_bf16 && saves_tiles && Bit(leaf7.edx, 22) && Bit(leaf7.edx, 24) && KernelKnowsTiles();
   return features;
+}
+
+bool AskForTiles() {
+  constexpr int kRequest = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 
 std::string CpuName() {
@@ -78,8 +85,16 @@ std::string CpuName() {
 #else
 
 CpuFeatures DetectCpu() { return {}; }
+bool AskForTiles() { return false; }
 std::string CpuName() { return "unknown processor"; }
 
 #endif
+
+int64_t SecondCacheBytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  if (const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE); bytes > 0) return bytes;
+#endif
+  return int64_t{1} << 20;
+}
 
 }  // namespace hmoe

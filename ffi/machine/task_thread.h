@@ -17,8 +17,8 @@ class TaskThread {
   int index() const { return index_; }
 
   // Memory of this thread alone, until the task ends; the thread's later tasks get the same. Every call
-  // inside a task gives the same memory, so a task takes all it needs at once. It is aligned to a cache line,
-  // not initialised, and near to the thread, who is the first to touch it.
+  // inside a task gives the same memory, so a task takes all it needs at once. It is aligned to a page, not
+  // initialised, and near to the thread, who is the first to touch it.
   template <typename T>
   T* Memory(int64_t count) {
     static_assert(std::is_trivially_destructible_v<T>, "nobody will call the destructor");
@@ -28,7 +28,7 @@ class TaskThread {
   }
 
  private:
-  static constexpr std::align_val_t kAlign{64};
+  static constexpr std::align_val_t kAlign{4096};
 
   struct Free {
     void operator()(std::byte* memory) const { ::operator delete(memory, kAlign); }

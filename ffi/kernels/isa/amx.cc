@@ -173,13 +173,14 @@ void Strip<C>::Write(const float* scales, int64_t num_rows, int64_t tile, int64_
 
 template <typename C, int kRowTiles>
 void ProjectStrips(const Matrix& matrix, int64_t row_begin, int64_t row_end, const PackedTokens& tokens,
-                   float* out, int64_t out_stride, Strip<C>* strip) {
+                   float* out, int64_t out_stride, const uint8_t* next, Strip<C>* strip) {
   const int64_t width = Smaller(tokens.tokens, kTileTokens);
   const TileUse use(width);
   strip->Clear();
   for (int64_t row = row_begin; row < row_end; row += kRowTiles * kTileRows) {
     const int64_t num_rows = Smaller(kRowTiles * kTileRows, row_end - row);
-    const Rows<C> rows(matrix, row, row + num_rows);
+    const Rows<C> rows(matrix, row, row + num_rows,
+                       row + num_rows < row_end ? RowOf<C>(matrix, row + num_rows).weights : next);
     alignas(64) float scales[kStripRows] = {};
     ScalePlace place(matrix, row);
     for (int64_t r = 0; r < num_rows; ++r, ++place) scales[r] = RowScale<C>(matrix, *place);
@@ -201,10 +202,10 @@ void ProjectStrips(const Matrix& matrix, int64_t row_begin, int64_t row_end, con
 
 template <typename C>
 void Project(const Matrix& matrix, int64_t row_begin, int64_t row_end, const PackedTokens& tokens, float* out,
-             int64_t out_stride, uint8_t* workspace) {
+             int64_t out_stride, const uint8_t* next, uint8_t* workspace) {
   static_assert(sizeof(Strip<C>) <= kWorkspaceBytes);
   const auto project = tokens.tokens <= kTileTokens ? ProjectStrips<C, 1> : ProjectStrips<C, 2>;
-  project(matrix, row_begin, row_end, tokens, out, out_stride, reinterpret_cast<Strip<C>*>(workspace));
+  project(matrix, row_begin, row_end, tokens, out, out_stride, next, reinterpret_cast<Strip<C>*>(workspace));
 }
 
 template <typename C>

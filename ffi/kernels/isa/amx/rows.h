@@ -64,8 +64,10 @@ struct ScaleWindow {
 template <typename C>
 class Rows {
  public:
-  Rows(const Matrix& matrix, int64_t begin, int64_t end)
+  // `next` is read after them.
+  Rows(const Matrix& matrix, int64_t begin, int64_t end, const uint8_t* next)
       : weights_(RowOf<C>(matrix, begin).weights), count_(end - begin), cols_(matrix.cols) {
+    if (next != nullptr) from_end_to_next_ = next - (weights_ + stride_);
     if constexpr (kScalesPerBlock<C> > 0) {
       ScalePlace place(matrix, begin);
       for (int64_t r = 0; r < count_; ++r, ++place) {
@@ -91,8 +93,7 @@ class Rows {
       }
       const int64_t place = column * C::kBits / 8;
       const uint8_t* bytes = weights_ + first * stride_ + place;
-      // At the end of a row its next line is that of the row that comes after all of these.
-      const uint8_t* ahead = bytes + (place + kAhead < stride_ ? kAhead : kAhead + next_);
+      const uint8_t* ahead = bytes + kAhead + (place + kAhead < stride_ ? 0 : from_end_to_next_);
 #pragma GCC unroll 4
       for (int r = 0; r < kTileRows; r += 4, bytes += 4 * stride_, ahead += 4 * stride_) {
         if (slice * kSliceBytes % 64 == 0) {
@@ -220,7 +221,8 @@ class Rows {
   const uint8_t* const weights_;
   const int64_t count_, cols_;
   const int64_t stride_ = cols_ * C::kBits / 8;  // bytes
-  const int64_t next_ = (count_ - 1) * stride_;  // from the end of a row to the one after all of these
+  // From the end of a row to the one that is read next in its place: in bytes, or nowhere.
+  int64_t from_end_to_next_ = -kAhead;
   const uint8_t* scales_[kStripRows];
 };
 
