@@ -18,7 +18,7 @@ import jax
 from absl import flags
 from benchmarks import kt_kernel_peer
 from benchmarks.cases import Layer, Result
-from benchmarks.formats import FORMATS, ExpertMemory, Format, native_formats
+from benchmarks.formats import ExpertMemory, expert_bytes, native_formats
 from benchmarks.kt_kernel_peer import KtKernel
 from benchmarks.machine import available_bytes, last_level_cache_bytes
 from benchmarks.measure import Effort, Group, measure
@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from hmoe_jax.experts.store import ExpertStore, StoreShape
 from hmoe_jax.kernels.pool import ThreadPool, available_isas, cpu_name, resolve_num_threads
+from hmoe_jax.quant.formats import FORMATS, Format
 
 _FORMATS = flags.DEFINE_list("formats", ["all"], "Weight formats, or all that this build knows.")
 _ISAS = flags.DEFINE_list("isas", ["auto"], "Instruction sets: names, auto for the best, or all that this CPU offers.")
@@ -85,7 +86,7 @@ def _group(
     memory: ExpertMemory, layer: Layer, batches: Sequence[Any], *, threads: int, isas: Sequence[str]
 ) -> Iterator[tuple[Group, ExpertStore]]:
     """All sides with their threads and experts, and the store of the first; closed at the end."""
-    name = memory.format.name
+    name = memory.format.codec
     with ExitStack() as stack:
         pools = {isa: stack.enter_context(ThreadPool(threads, isa=isa)) for isa in isas}
         stores = [
@@ -140,11 +141,11 @@ def _number(flag: str, text: str) -> int:
 
 def _check_memory(formats: Sequence[Format], layer: Layer) -> None:
     copies = 2 if _PEER.value else 1  # A peer has its own.
-    largest = max(formats, key=lambda each: each.expert_bytes(layer.shape))
-    needed = copies * layer.shape.num_experts * largest.expert_bytes(layer.shape) + (_READ_MB.value << 20)
+    largest = max(formats, key=lambda each: expert_bytes(each, layer.shape))
+    needed = copies * layer.shape.num_experts * expert_bytes(largest, layer.shape) + (_READ_MB.value << 20)
     if needed > available_bytes():
         raise ValueError(
-            f"--experts={layer.shape.num_experts} in {largest.name} need {needed / 1e9:.1f} GB of memory, "
+            f"--experts={layer.shape.num_experts} in {largest.codec} need {needed / 1e9:.1f} GB of memory, "
             f"{available_bytes() / 1e9:.1f} GB are available"
         )
 

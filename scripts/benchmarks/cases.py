@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from benchmarks.formats import Format
+from benchmarks.formats import expert_bytes
 from benchmarks.routing import choose, least_reuse, rotate
 from hmoe_jax.experts.store import StoreShape
+from hmoe_jax.quant.formats import Format
 
 NAIVE = "naive"
 
@@ -50,11 +51,11 @@ class Batch:
 
     def distinct_bytes(self, format_: Format) -> int:
         """Weights and scales of the experts of a call, each once."""
-        return self.num_active * format_.expert_bytes(self.layer.shape)
+        return self.num_active * expert_bytes(format_, self.layer.shape)
 
     def reuse_bytes(self, format_: Format) -> int:
         """What is read of others, at least, before the same bytes are read again."""
-        return least_reuse(self.rotation) * format_.expert_bytes(self.layer.shape)
+        return least_reuse(self.rotation) * expert_bytes(format_, self.layer.shape)
 
 
 @dataclass(frozen=True)

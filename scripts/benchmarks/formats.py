@@ -1,9 +1,8 @@
-"""Weight formats as checkpoints publish them, and random bytes that are valid in all of them."""
+"""Experts of random bytes that are valid in every weight format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
@@ -11,98 +10,32 @@ import numpy as np
 from hmoe_jax.architectures.deepseek_v3_checkpoint import MATRICES
 from hmoe_jax.experts.store import ExpertTensor, StoreShape
 from hmoe_jax.kernels import _native
-
-Shape = tuple[int, ...]
+from hmoe_jax.quant.formats import FORMATS, Format
 
 BF16, E4M3 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 TILE_BYTES = 64 << 20
 HUGE_PAGE_BYTES = 2 << 20
 
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-@dataclass(frozen=True)
-class Format:
-    """One codec's arrays of a matrix `[rows, cols]`; `scale` fills its scales, so that outputs have ordinary sizes."""
-
-    name: str
-    weight_dtype: np.dtype
-    weight_shape: Callable[[int, int], Shape]
-    scale_dtype: np.dtype | None = None
-    scale_shape: Callable[[int, int], Shape] | None = None
-    scale: float = 1.0
-
-    def weight_bytes(self, rows: int, cols: int) -> int:
-        return int(np.prod(self.weight_shape(rows, cols))) * self.weight_dtype.itemsize
-
-    def scale_bytes(self, rows: int, cols: int) -> int:
-        if self.scale_dtype is None or self.scale_shape is None:
-            return 0
-        return int(np.prod(self.scale_shape(rows, cols))) * self.scale_dtype.itemsize
-
-    def expert_bytes(self, shape: StoreShape) -> int:
-        """Weights and scales of one expert: what a call reads of it."""
-        sizes = [shape.matrix(matrix) for matrix in MATRICES]
-        return sum(self.weight_bytes(*size) + self.scale_bytes(*size) for size in sizes)
-
-
-def _int4(group: int) -> Format:
-    return Format(
-        f"int4_group{group}",
-        np.dtype(np.int32),
-        lambda rows, cols: (rows, cols // 8),
-        BF16,
-        lambda rows, cols: (rows, cols // group),
-        scale=2.0**-9,
-    )
-
-
-FORMATS = {
-    each.name: each
-    for each in (
-        Format("bf16", BF16, lambda rows, cols: (rows, cols)),
-        Format(
-            "fp8_block",
-            E4M3,
-            lambda rows, cols: (rows, cols),
-            np.dtype(np.float32),
-            lambda rows, cols: (_ceil_div(rows, 128), _ceil_div(cols, 128)),
-            scale=2.0**-13,
-        ),
-        Format(
-            "fp8_channel",
-            E4M3,
-            lambda rows, cols: (rows, cols),
-            np.dtype(np.float32),
-            lambda rows, cols: (rows, 1),
-            scale=2.0**-13,
-        ),
-        Format(
-            "int8_channel",
-            np.dtype(np.int8),
-            lambda rows, cols: (rows, cols),
-            np.dtype(np.float32),
-            lambda rows, cols: (rows, 1),
-            scale=2.0**-13,
-        ),
-        *map(_int4, (32, 64, 128)),
-        Format(
-            "mxfp4",
-            np.dtype(np.uint8),
-            lambda rows, cols: (rows, cols // 2),
-            np.dtype(np.uint8),
-            lambda rows, cols: (rows, cols // 32),
-            scale=127 - 8,
-        ),
-    )
+SCALES = {
+    "fp8_block": 2.0**-13,
+    "fp8_channel": 2.0**-13,
+    "int8_channel": 2.0**-13,
+    "int4_group32": 2.0**-9,
+    "int4_group64": 2.0**-9,
+    "int4_group128": 2.0**-9,
+    "mxfp4": 127 - 8,
 }
+"""What a format's scales are filled with, as stored, so that outputs have ordinary sizes."""
 
 
 def native_formats() -> list[str]:
     """Those that this build has kernels for."""
     return [name for name in FORMATS if name in _native.codec_names()]
+
+
+def expert_bytes(format_: Format, shape: StoreShape) -> int:
+    """Weights and scales of one expert: what a call reads of it."""
+    return sum(format_.num_bytes(*shape.matrix(matrix)) for matrix in MATRICES)
 
 
 class ExpertMemory:
@@ -116,8 +49,8 @@ class ExpertMemory:
     def __init__(self, format_: Format, shape: StoreShape, *, overlap: bool = False):
         self.format, self.shape, self._overlap = format_, shape, overlap
         sizes = [shape.matrix(matrix) for matrix in MATRICES]
-        self._weight_bytes = sum(format_.weight_bytes(*size) for size in sizes)
-        self._scale_bytes = sum(format_.scale_bytes(*size) for size in sizes)
+        self._weight_bytes = sum(_weight_bytes(format_, *size) for size in sizes)
+        self._scale_bytes = expert_bytes(format_, shape) - self._weight_bytes
         count = 1 if overlap else shape.num_experts
         self._weights = _huge_pages(TILE_BYTES + self._weight_bytes if overlap else count * self._weight_bytes)
         self._scales = _huge_pages(count * self._scale_bytes)
@@ -125,8 +58,8 @@ class ExpertMemory:
         for begin in range(0, self._weights.size, TILE_BYTES):
             part = self._weights[begin : begin + TILE_BYTES]
             part[:] = tile[: part.size]
-        if format_.scale_dtype is not None:
-            self._scales.view(format_.scale_dtype)[:] = format_.scale
+        if format_.has_scales:
+            self._scales.view(format_.scale_dtypes[0])[:] = SCALES[format_.codec]
 
     def tensors(self) -> Iterator[ExpertTensor]:
         """Views of the memory, for an `ExpertStore`."""
@@ -136,15 +69,19 @@ class ExpertMemory:
                 weight_at, scale_at = weight_at % TILE_BYTES, 0
             for matrix in MATRICES:
                 size = self.shape.matrix(matrix)
-                weight_end = weight_at + self.format.weight_bytes(*size)
-                scale_end = scale_at + self.format.scale_bytes(*size)
-                weight = self._weights[weight_at:weight_end].view(self.format.weight_dtype)
+                weight_end = weight_at + _weight_bytes(self.format, *size)
+                scale_end = scale_at + self.format.num_bytes(*size) - (weight_end - weight_at)
+                weight = self._weights[weight_at:weight_end].view(self.format.encoding.dtype)
                 scale = None
-                if self.format.scale_dtype is not None and self.format.scale_shape is not None:
-                    stored = self._scales[scale_at:scale_end].view(self.format.scale_dtype)
-                    scale = stored.reshape(self.format.scale_shape(*size))
+                if self.format.has_scales:
+                    stored = self._scales[scale_at:scale_end].view(self.format.scale_dtypes[0])
+                    scale = stored.reshape(self.format.scale_blocks[0].grid(*size))
                 yield ExpertTensor(0, expert, matrix, weight.reshape(self.format.weight_shape(*size)), scale)
                 weight_at, scale_at = weight_end, scale_end
+
+
+def _weight_bytes(format_: Format, rows: int, cols: int) -> int:
+    return rows * cols * format_.encoding.bits // 8
 
 
 def random_tile() -> np.ndarray:

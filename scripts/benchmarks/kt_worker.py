@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cases import Batch
-from benchmarks.formats import FORMATS, ExpertMemory
+from benchmarks.formats import ExpertMemory
 from benchmarks.sides import activations
 from benchmarks.timing import Timer
 from hmoe_jax.experts.store import ExpertTensor, StoreShape
+from hmoe_jax.quant.formats import FORMATS
 
 MAX_TOKENS = 4096
 SPIN_S = 0.1

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.cases import Batch, Case, Limits, Result, Sample
-from benchmarks.formats import Format
 from benchmarks.sides import Side
 from hmoe_jax.kernels.pool import ThreadPool
+from hmoe_jax.quant.formats import Format
 
 AGREEMENT = 0.02
 """Of the largest output. Sides differ in what they round to BF16 (2**-9 each time), and not in much else."""
@@ -50,7 +50,7 @@ def measure(group: Group, effort: Effort, *, tick: Callable[[str], None]) -> lis
         limits = _limits(group, effort)
         for batch in group.batches:
             for side in group.sides:
-                case = Case(group.format.name, group.threads, batch.tokens, side.by)
+                case = Case(group.format.codec, group.threads, batch.tokens, side.by)
                 tick(f"{case.format} {case.by} {case.threads}x{case.tokens}")
                 if batch.tokens > slow.get(side.by, batch.tokens):
                     continue
@@ -72,7 +72,7 @@ def check_agreement(group: Group) -> None:
         error = float(np.abs(side.output(batch) - expected).max() / np.abs(expected).max())
         if not error < AGREEMENT:
             raise ValueError(
-                f"{group.format.name}: {side.by} and {first.by} disagree by {error:.2%} of the largest output, "
+                f"{group.format.codec}: {side.by} and {first.by} disagree by {error:.2%} of the largest output, "
                 f"expected less than {AGREEMENT:.0%}"
             )
 

@@ -13,8 +13,12 @@ from tests.kernels.expert_case import XLA_ERRORS, cols_for, random_matrix
 from tests.quant.cases import LAYOUTS
 from tests.quant.exact import SCALED
 
-SIZES = [(1, 1), (136, 200), (129, 128), (7, 333), (300, 1), (5, 4160)]
 TOKENS = (1, 2, 3, 5, 7, 8, 9, 16, 33, 70)
+# Every number of tokens compiles anew.
+SIZES = [
+    ((136, 200), TOKENS),
+    *(((rows, cols), (1, 3, 9, 70)) for rows, cols in [(1, 1), (7, 333), (300, 1), (5, 4160)]),
+]
 
 
 def case(codec, tokens, rows, cols, **layout):
@@ -32,9 +36,9 @@ def check(pool, codec, x, weight, scale, tokens=TOKENS):
         assert_within(actual, Within(expected.value[:count], expected.error[:count]), what=f"{count} tokens")
 
 
-@pytest.mark.parametrize(("rows", "cols"), SIZES)
-def test_equals_the_exact_product_for_every_number_of_tokens(pool, codec, rows, cols):
-    check(pool, codec, *case(codec, max(TOKENS), rows, cols))
+@pytest.mark.parametrize(("size", "tokens"), SIZES, ids=str)
+def test_equals_the_exact_product_for_every_number_of_tokens(pool, codec, size, tokens):
+    check(pool, codec, *case(codec, max(tokens), *size), tokens=tokens)
 
 
 @pytest.mark.parametrize(("codec", "block", "scale_dtype"), LAYOUTS, ids=str)

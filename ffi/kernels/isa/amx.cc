@@ -37,7 +37,8 @@ class Strip {
 
  private:
   template <int kRowTiles, int kTokenTiles>
-  void MultiplyStep(int step, const uint16_t* left, const uint16_t* right, int64_t stride);
+  void MultiplyStep(const Rows<C>& rows, int64_t block, int step, const uint16_t* left, const uint16_t* right,
+                    int64_t stride) const;
   template <int kRowTiles, int kTokenTiles>
   void AddPart(int part, const float (*sums)[kTileFloats], const uint32_t* scales);
 
@@ -67,10 +68,13 @@ inline __attribute__((always_inline)) void StoreTiles(float (*to)[kTileFloats]) 
 
 template <typename C>
 template <int kRowTiles, int kTokenTiles>
-inline __attribute__((always_inline)) void Strip<C>::MultiplyStep(int step, const uint16_t* left,
-                                                                  const uint16_t* right, int64_t stride) {
+inline __attribute__((always_inline)) void Strip<C>::MultiplyStep(const Rows<C>& rows, int64_t block,
+                                                                  int step, const uint16_t* left,
+                                                                  const uint16_t* right,
+                                                                  int64_t stride) const {
   FinishStores();
-  _tile_loadd(4, weights_[0] + step * kTileWeights, kTileStride);
+  const auto upper = rows.Find(0, block, step, weights_[0] + step * kTileWeights);
+  _tile_loadd(4, upper.first, upper.stride);
   _tile_loadd(6, left, stride);
   _tile_dpbf16ps(0, 4, 6);
   if constexpr (kTokenTiles == 2) {
@@ -78,7 +82,8 @@ inline __attribute__((always_inline)) void Strip<C>::MultiplyStep(int step, cons
     _tile_dpbf16ps(1, 4, 7);
   }
   if constexpr (kRowTiles == 2) {
-    _tile_loadd(5, weights_[1] + step * kTileWeights, kTileStride);
+    const auto lower = rows.Find(1, block, step, weights_[1] + step * kTileWeights);
+    _tile_loadd(5, lower.first, lower.stride);
     _tile_dpbf16ps(2, 5, 6);
     if constexpr (kTokenTiles == 2) _tile_dpbf16ps(3, 5, 7);
   }
@@ -130,16 +135,15 @@ void Strip<C>::Multiply(const Rows<C>& rows, const uint16_t* left, const uint16_
     if (!is_last) read_scales(block + 1);
 #pragma GCC unroll 4
     for (int step = 0; step < kSteps; ++step) {
-      constexpr int kSteps1 = kStepsPerSum<C>;
-      const int sum = step / kSteps1;
-      if (kScalesSums<C> && step % kSteps1 == 0) ZeroTiles<kRowTiles, kTokenTiles>();
-      MultiplyStep<kRowTiles, kTokenTiles>(step, left, right, stride);
+      const int sum = step / kStepsPerSum<C>, part = step % kStepsPerSum<C>;
+      if (kScalesSums<C> && part == 0) ZeroTiles<kRowTiles, kTokenTiles>();
+      MultiplyStep<kRowTiles, kTokenTiles>(rows, block, step, left, right, stride);
       left += step_size;
       right += step_size;
       if constexpr (kScalesSums<C>) {
         const int turn = kScalesPerBlock<C> == 1 ? static_cast<int>(block % 2) : sum % 2;
-        if (waiting != nullptr) AddPart<kRowTiles, kTokenTiles>(step % kSteps1, sums_[turn ^ 1], waiting);
-        if ((step + 1) % kSteps1 == 0) {
+        if (waiting != nullptr) AddPart<kRowTiles, kTokenTiles>(part, sums_[turn ^ 1], waiting);
+        if (part + 1 == kStepsPerSum<C>) {
           StoreTiles<kRowTiles, kTokenTiles>(sums_[turn]);
           waiting = &windows_[block / kBlocksPerWindow % 2]
                          .scale[0][block % kBlocksPerWindow * kScalesPerBlock<C> + sum];

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 from benchmarks.cases import Case, Layer, Limits, Result, Sample, speedup
-from benchmarks.formats import FORMATS
 
 from hmoe_jax.experts.store import StoreShape
+from hmoe_jax.quant.formats import FORMATS
 
 
 def result(*samples: Sample) -> Result:

@@ -5,11 +5,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from benchmarks.cases import Layer
-from benchmarks.formats import BF16, E4M3, FORMATS, ExpertMemory, native_formats, random_tile
+from benchmarks.formats import BF16, E4M3, ExpertMemory, expert_bytes, native_formats, random_tile
 from benchmarks.sides import Ours
 
 from hmoe_jax.experts.store import ExpertStore, StoreShape
 from hmoe_jax.kernels.pool import ThreadPool
+from hmoe_jax.quant.formats import FORMATS
 
 SHAPE = StoreShape(num_layers=1, num_experts=5, hidden=384, ffn=128)
 
@@ -26,12 +27,12 @@ SHAPE = StoreShape(num_layers=1, num_experts=5, hidden=384, ffn=128)
     ],
 )
 def test_an_expert_has_the_bits_per_weight_of_its_format(name: str, bits: float) -> None:
-    assert FORMATS[name].expert_bytes(SHAPE) == 3 * 384 * 128 * bits / 8
+    assert expert_bytes(FORMATS[name], SHAPE) == 3 * 384 * 128 * bits / 8
 
 
 @pytest.mark.parametrize("name", ["fp8_channel", "int8_channel"])
 def test_a_scale_per_channel_is_four_bytes_per_row(name: str) -> None:
-    assert FORMATS[name].expert_bytes(SHAPE) == 3 * 384 * 128 + 4 * (128 + 128 + 384)
+    assert expert_bytes(FORMATS[name], SHAPE) == 3 * 384 * 128 + 4 * (128 + 128 + 384)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from benchmarks.cases import Batch, Layer
-from benchmarks.formats import FORMATS
 from benchmarks.measure import Effort, Group, measure
 from benchmarks.timing import Timer
 
 from hmoe_jax.experts.store import StoreShape
 from hmoe_jax.kernels.pool import ThreadPool
+from hmoe_jax.quant.formats import FORMATS
 
 LAYER = Layer(StoreShape(num_layers=1, num_experts=4, hidden=128, ffn=128), 2, "uniform")
 

@@ -52,12 +52,17 @@ constexpr int kSlice = C::template kStep<Tiles>;
 template <typename C>
 constexpr int kStepsPerSlice = kSlice<C> / kTileColumns;
 
+// Whether weights are stored as tiles want them, so that whole tiles are read where they are.
+template <typename C>
+constexpr bool kAsStored = C::kScaling == Scaling::kNone;
+
 // What a window of scales becomes: floats to multiply sums with; of MXFP4, what is to be added to each of two
 // bfloat16 for a power of two.
 template <typename C>
 struct ScaleWindow {
   alignas(64) uint32_t scale[kStripRows][kWindow];
-  uint16_t special[kStripRows];  // a bit for each power of two with which weights leave the normal numbers
+  uint16_t
+      special[kStripRows / 4];  // of four rows: a bit for each with which weights leave the normal numbers
 };
 
 // Up to two tiles of rows, which follow each other in memory.
@@ -78,16 +83,16 @@ class Rows {
 
   int64_t blocks() const { return (cols_ + kColumns - 1) / kColumns; }
 
-  // The first kTiles tiles of rows, a slice of columns: to the first weight tiles of them at `to`, the others
-  // of the slice behind it, and those of the next tile of rows a block behind. What is beyond the matrix
-  // becomes zeros, and nothing is read there.
+  // The first kTiles tiles of rows, a slice of columns, if it has to be decoded: to the first weight tiles of
+  // them at `to`, the others of the slice behind it, and those of the next tile of rows a block behind. What
+  // is beyond the matrix becomes zeros, and nothing is read there.
   template <int kTiles>
   inline __attribute__((always_inline)) void Decode(int64_t block, int slice, const ScaleWindow<C>& window,
                                                     uint16_t* to) const {
     const int64_t column = block * kColumns + slice * kSlice<C>;
 #pragma GCC unroll 2
     for (int64_t first = 0; first < kTiles * kTileRows; first += kTileRows, to += kSteps * kTileWeights) {
-      if (__builtin_expect(cols_ - column < kSlice<C> || count_ < first + kTileRows, 0)) {
+      if (__builtin_expect(!IsWhole(first, column), 0)) {
         DecodePresent(first, Smaller(kTileRows, count_ - first), column, to);
         continue;
       }
@@ -100,9 +105,10 @@ class Rows {
 #pragma GCC unroll 4
           for (int i = 0; i < 4; ++i) {
             for (int64_t line = 0; line < kSliceBytes; line += 64)
-              __builtin_prefetch(ahead + i * stride_ + line);
+              __builtin_prefetch(ahead + i * stride_ + line, 0, kTiles == 1 ? 3 : 2);
           }
         }
+        if constexpr (kAsStored<C>) continue;
         if constexpr (kScalesWeights<C>) {
           DecodeFourGroups(bytes, window, first + r, column / C::kGroup, to + r * kTileColumns);
         } else {
@@ -110,6 +116,23 @@ class Rows {
         }
       }
     }
+  }
+
+  // Where step `step` of a block finds its tile of rows, and the bytes between them: `decoded`, or the
+  // matrix.
+  struct Place {
+    const void* first;
+    int64_t stride;
+  };
+  inline __attribute__((always_inline)) Place Find(int64_t tile, int64_t block, int step,
+                                                   const uint16_t* decoded) const {
+    if constexpr (kAsStored<C>) {
+      const int64_t first = tile * kTileRows, column = block * kColumns + step * kTileColumns;
+      if (__builtin_expect(IsWhole(first, column / kSlice<C> * kSlice<C>), 1)) {
+        return {weights_ + first * stride_ + column * C::kBits / 8, stride_};
+      }
+    }
+    return {decoded, kTileStride};
   }
 
   // Scales [index * kWindow, (index + 1) * kWindow) of each row; zeros beyond the matrix.
@@ -126,7 +149,8 @@ class Rows {
         scale = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(present, from)), 16);
       } else {
         const __m512i exponents = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(present, from));
-        to->special[r] = _mm512_mask_cmpgt_epu32_mask(
+        if (r % 4 == 0) to->special[r / 4] = 0;
+        to->special[r / 4] |= _mm512_mask_cmpgt_epu32_mask(
             present, _mm512_sub_epi32(exponents, _mm512_set1_epi32(2)), _mm512_set1_epi32(250));
         const __m512i power = _mm512_slli_epi32(_mm512_sub_epi32(exponents, _mm512_set1_epi32(127)), 7);
         scale = _mm512_mask_blend_epi16(0xaaaaaaaa, power, _mm512_slli_epi32(power, 16));
@@ -137,7 +161,13 @@ class Rows {
 
  private:
   static constexpr int64_t kSliceBytes = kSlice<C> * C::kBits / 8;
-  static constexpr int64_t kAhead = 512;  // bytes of each row
+  // Bytes of each row; to the first cache where sixteen rows are read. With twice as many, whose lines mostly
+  // fall into the same few sets, they would not stay there until they are needed.
+  static constexpr int64_t kAhead = 512;
+
+  bool IsWhole(int64_t first, int64_t column) const {
+    return cols_ - column >= kSlice<C> && count_ >= first + kTileRows;
+  }
 
   // A slice of a row becomes a row of a weight tile at `to`, or of two that follow each other.
   static inline __attribute__((always_inline)) void DecodeOne(const uint8_t* bytes, uint16_t* to) {
@@ -179,16 +209,18 @@ class Rows {
                                                               int64_t group, uint16_t* to) const {
     constexpr __mmask32 kNotZero = 0xfefefefe;
     const __m512i table = Tiles::Table(C::kTable);
+    if (__builtin_expect(window.special[row / 4] >> group % kWindow & 1, 0)) {
+      for (int i = 0; i < 4; ++i) {
+        DecodeGroupExactly(bytes + i * stride_, scales_[row + i][group], to + i * kTileColumns);
+      }
+      return;
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const uint8_t* from = bytes + i * stride_;
-      if (__builtin_expect(window.special[row + i] >> group % kWindow & 1, 0)) {
-        DecodeGroupExactly(from, scales_[row + i][group], to + i * kTileColumns);
-        continue;
-      }
       const __m512i power = _mm512_set1_epi32(static_cast<int>(window.scale[row + i][group % kWindow]));
-      Tiles::Store(to + i * kTileColumns,
-                   Tiles::LookUpGroup(_mm512_mask_add_epi16(table, kNotZero, table, power), from));
+      Tiles::Store(
+          to + i * kTileColumns,
+          Tiles::LookUpGroup(_mm512_mask_add_epi16(table, kNotZero, table, power), bytes + i * stride_));
     }
   }
 
