@@ -19,9 +19,9 @@ namespace {
 template <typename C>
 constexpr int kStepsPerSum = kScalesSums<C> ? kSteps / kScalesPerBlock<C> : kSteps;
 
-// 32 rows with up to 32 tokens: two tiles of each. A product waits 52 cycles for the last one to the same
-// tile, and two rows of tiles halve that. While the tiles work on one half of a block of columns, the other
-// half of the next is decoded, and the sums of the last are added.
+// Up to 16 rows with 16 tokens, or 32 with 32: one or two tiles of each. While the tiles work on a block of
+// columns, the slices of it that they are done with make room for those of the next, and the sums of the last
+// are added: the vector ports would be idle otherwise.
 template <typename C>
 class Strip {
  public:
@@ -42,8 +42,8 @@ class Strip {
   template <int kRowTiles, int kTokenTiles>
   void AddPart(int part, const float (*sums)[kTileFloats], const uint32_t* scales);
 
-  // Of a half, only the same half of the other rows lies a multiple of 4 KB away: loads of one half would be
-  // held up by stores to such addresses.
+  // Of a slice, only the same slice of the other rows lies a multiple of 4 KB away: loads of other slices
+  // would be held up by stores to such addresses.
   alignas(64) uint16_t weights_[2][kSteps * kTileWeights];
   alignas(64) float totals_[4][kTileFloats];   // rows' tile * 2 + tokens' tile
   alignas(64) float sums_[2][4][kTileFloats];  // the last to be taken out, and the one before
