@@ -12,7 +12,8 @@ namespace hmoe {
 // As MlaAttention, but all tokens share one table [table_len]. Latents are expanded into every head's keys
 // and values, which costs less than absorbing `key` where many queries meet them. The bits of a token's row
 // depend on that token and its context alone: not on the other tokens, so not on the pieces that a prompt is
-// cut into either.
+// cut into either. (Of finite latents: 32 queries share a block of positions, and a NaN that one of them may
+// see reaches the others.)
 Status MlaPrefill(ThreadPool& pool, const MlaKernels& kernels, const MlaAttentionArgs& args);
 
 }  // namespace hmoe

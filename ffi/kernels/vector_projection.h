@@ -1,8 +1,8 @@
 // Rows of a matrix times packed tokens with vector instructions, for any ISA `V` and any codec `C`.
 //
 // `V` is a small vocabulary of vector operations, one file each in kernels/isa. `C` says how stored bytes
-// become operands, in terms of that vocabulary (codec/scaling.h). Neither knows the other, so a format or an
-// ISA is one file.
+// become operands, in terms of that vocabulary (codec/scaling.h). Neither knows the other, so a format is one
+// file, and an ISA one here and one for latent attention (kernels/mla).
 //
 // The order of additions is part of the contract ("same bits"): the columns of a unit are summed into a fresh
 // accumulator, that is scaled and added to the row's, and the row's lanes are added up at the end. Units do
