@@ -8,13 +8,14 @@ namespace {
 struct Entry {
   Isa isa;
   bool (*offered)(const CpuFeatures&);
+  bool (*prepare)() = [] { return true; };  // before its first use; false where the system refuses
 };
 
 // In order of preference. Where the compiler cannot build an ISA its row is absent, and its name is still
 // known.
 constexpr Entry kEntries[] = {
 #if defined(__x86_64__)
-    {{"amx", &kAmxKernels, &kAmxMla}, [](const CpuFeatures& cpu) { return cpu.amx_bf16; }},
+    {{"amx", &kAmxKernels, &kAmxMla}, [](const CpuFeatures& cpu) { return cpu.amx_bf16; }, AskForTiles},
     {{"avx512_bf16", &kAvx512Bf16Kernels, &kAvx512Bf16Mla},
      [](const CpuFeatures& cpu) { return cpu.avx512_bf16; }},
     {{"avx512", &kAvx512Kernels, &kAvx512Mla}, [](const CpuFeatures& cpu) { return cpu.avx512; }},
@@ -24,11 +25,11 @@ constexpr Entry kEntries[] = {
 };
 constexpr const char* kNames[] = {"amx", "avx512_bf16", "avx512", "avx2", "scalar"};
 
-std::vector<const Isa*> Offered() {
+std::vector<const Entry*> Offered() {
   const CpuFeatures cpu = DetectCpu();
-  std::vector<const Isa*> offered;
+  std::vector<const Entry*> offered;
   for (const Entry& entry : kEntries) {
-    if (entry.offered(cpu)) offered.push_back(&entry.isa);
+    if (entry.offered(cpu)) offered.push_back(&entry);
   }
   return offered;
 }
@@ -45,15 +46,15 @@ std::vector<std::string> AllIsaNames() { return {std::begin(kNames), std::end(kN
 
 std::vector<std::string> OfferedIsaNames() {
   std::vector<std::string> names;
-  for (const Isa* isa : Offered()) names.emplace_back(isa->name);
+  for (const Entry* entry : Offered()) names.emplace_back(entry->isa.name);
   return names;
 }
 
 Result<const Isa*> SelectIsa(std::string_view name) {
-  for (const Isa* isa : Offered()) {
-    if (name != "auto" && name != isa->name) continue;
-    if (isa->kernels != &kAmxKernels || AskForTiles()) return isa;
-    if (name != "auto") return Fail("isa 'amx': the kernel does not let this process use tiles");
+  for (const Entry* entry : Offered()) {
+    if (name != "auto" && name != entry->isa.name) continue;
+    if (entry->prepare()) return &entry->isa;
+    if (name != "auto") return Fail("isa '", name, "': the system does not let this process use it");
   }
   for (const char* known : kNames) {
     if (name == known) {
