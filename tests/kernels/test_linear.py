@@ -17,7 +17,7 @@ TOKENS = (1, 2, 3, 5, 7, 8, 9, 16, 33, 70)
 # Every number of tokens compiles anew.
 SIZES = [
     ((136, 200), TOKENS),
-    *(((rows, cols), (1, 3, 9, 70)) for rows, cols in [(1, 1), (7, 333), (300, 1), (5, 4160)]),
+    *(((rows, cols), (1, 3, 9, 70)) for rows, cols in [(1, 1), (129, 128), (7, 333), (300, 1), (5, 4160)]),
 ]
 
 

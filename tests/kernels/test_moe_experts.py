@@ -17,7 +17,7 @@ from tests.kernels.expert_case import XLA_ERRORS, Batch, Experts, shape_for
 
 RAGGED = StoreShape(num_layers=2, num_experts=5, hidden=200, ffn=136)
 UNEVEN = StoreShape(num_layers=1, num_experts=3, hidden=129, ffn=301)
-TOKENS = (1, 2, 5, 8, 9, 17, 33, 70)
+TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 33, 70)
 reference = jax.jit(moe_experts_reference)
 
 
