@@ -12,16 +12,15 @@ void Linear(ThreadPool& pool, const Isa& isa, const Codec& codec, const Matrix& 
   if (num_tokens == 0) return;
   ThreadPool::Session session(pool);
   const CodecKernels& kernels = isa.For(codec.id);
-  const int64_t num_portions = CeilDiv(num_tokens, kMaxTokens);
+  const int64_t portion = PortionTokens(kernels, num_tokens), num_portions = CeilDiv(num_tokens, portion);
   auto* portions = session.scratch().Take<PackedTokens>(num_portions);
   for (int64_t p = 0; p < num_portions; ++p) {
-    const int64_t count = std::min(kMaxTokens, num_tokens - p * kMaxTokens);
+    const int64_t count = std::min(portion, num_tokens - p * portion);
     portions[p] = TakePacked(session.scratch(), kernels, count, matrix.cols);
   }
   session.Run(num_portions, [&](int64_t p) noexcept {
     const uint16_t* rows[kMaxTokens];
-    for (int64_t t = 0; t < portions[p].tokens; ++t)
-      rows[t] = activations + (p * kMaxTokens + t) * matrix.cols;
+    for (int64_t t = 0; t < portions[p].tokens; ++t) rows[t] = activations + (p * portion + t) * matrix.cols;
     kernels.pack(rows, 0, matrix.cols, portions[p].cols, portions[p]);
   });
 
@@ -31,8 +30,8 @@ void Linear(ThreadPool& pool, const Isa& isa, const Codec& codec, const Matrix& 
     if (begin >= end) return;
     auto* workspace = thread.Memory<uint8_t>(kWorkspaceBytes);
     for (int64_t p = 0; p < num_portions; ++p) {
-      kernels.project(matrix, begin, end, portions[p], out + p * kMaxTokens * matrix.rows + begin,
-                      matrix.rows, nullptr, workspace);
+      kernels.project(matrix, begin, end, portions[p], out + p * portion * matrix.rows + begin, matrix.rows,
+                      nullptr, workspace);
     }
   });
 }

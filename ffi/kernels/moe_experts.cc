@@ -9,7 +9,7 @@
 namespace hmoe {
 namespace {
 
-// Up to kMaxTokens pairs of one expert, which a kernel takes at once.
+// Pairs of one expert that a kernel takes at once.
 struct Portion {
   int64_t begin;        // its first pair
   PackedTokens hidden;  // what goes into gate and up
@@ -96,7 +96,7 @@ void Call::CutIntoPortions() {
   Scratch& scratch = session_.scratch();
   int64_t num_portions = 0;
   for (const ActiveExpert& active : groups_.experts)
-    num_portions += CeilDiv(active.end - active.begin, kMaxTokens);
+    num_portions += CeilDiv(active.end - active.begin, kernels_.most_tokens);
   portions_ = {scratch.Take<Portion>(num_portions), static_cast<size_t>(num_portions)};
   experts_ = {scratch.Take<Portions>(std::ssize(groups_.experts)), groups_.experts.size()};
   to_pack_ = {scratch.Take<const Portion*>(num_portions), 0};
@@ -104,9 +104,10 @@ void Call::CutIntoPortions() {
   for (size_t e = 0; e < experts_.size(); ++e) {
     const ActiveExpert& active = groups_.experts[e];
     const size_t first = next;
-    for (int64_t begin = active.begin; begin < active.end; begin += kMaxTokens) {
+    const int64_t tokens = PortionTokens(kernels_, active.end - active.begin);
+    for (int64_t begin = active.begin; begin < active.end; begin += tokens) {
       Portion& portion = portions_[next++];
-      portion = {begin, {nullptr, std::min(kMaxTokens, active.end - begin), 0}, {}};
+      portion = {begin, {nullptr, std::min(tokens, active.end - begin), 0}, {}};
       TakeRoom(portion);
     }
     experts_[e] = {&active, portions_.subspan(first, next - first)};

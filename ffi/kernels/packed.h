@@ -15,7 +15,12 @@ inline int64_t PackedBytes(const CodecKernels& kernels, int64_t tokens, int64_t 
   return places * RoundUp(cols, kBlock) * kernels.packed_bytes;
 }
 
-// Room for `tokens` (at most kMaxTokens) times `cols` activations, aligned to a page.
+// Of how many tokens the portions are into which `tokens` are cut: as few portions as can be, about equal.
+inline int64_t PortionTokens(const CodecKernels& kernels, int64_t tokens) {
+  return RoundUp(CeilDiv(tokens, CeilDiv(tokens, kernels.most_tokens)), kernels.tile);
+}
+
+// Room for `tokens` (at most those of a portion) times `cols` activations, aligned to a page.
 inline PackedTokens TakePacked(Scratch& scratch, const CodecKernels& kernels, int64_t tokens, int64_t cols) {
   constexpr uintptr_t kPage = 4096;
   auto* room = scratch.Take<uint8_t>(PackedBytes(kernels, tokens, cols) + static_cast<int64_t>(kPage));

@@ -7,7 +7,7 @@
 
 namespace hmoe {
 
-inline constexpr int64_t kMaxTokens = 64;  // of one call of `project`
+inline constexpr int64_t kMaxTokens = 256;  // of one call of `project`, with any ISA
 inline constexpr int64_t kMaxRows = 256;
 
 // Activations of a few tokens, packed as an ISA and a codec want them. `cols` is a multiple of kBlock. Like a
@@ -25,16 +25,19 @@ struct CodecKernels {
   int64_t packed_bytes;
   int64_t tile;
 
+  // Tokens of one call of `project`, a multiple of `tile`: as many as share the decoding of a weight.
+  int64_t most_tokens;
+
   // Puts the bfloat16 activations of columns [begin, begin + count), which start at rows[t] for token t, into
   // their places, and zeros up to column `end`.
   void (*pack)(const uint16_t* const* rows, int64_t begin, int64_t count, int64_t end,
                const PackedTokens& to);
 
-  // out[t * out_stride + r - row_begin] = row r of the matrix times token t, for up to kMaxTokens tokens and
-  // kMaxRows rows. The bits of a result depend on the row and the token alone: not on how many tokens there
-  // are and not on the range of rows. `next` is what the caller reads after this, rows of as many bytes each,
-  // or null: a kernel may ask memory for it. `workspace` has kWorkspaceBytes, aligned to a cache line; to a
-  // page is faster.
+  // out[t * out_stride + r - row_begin] = row r of the matrix times token t, for up to `most_tokens` tokens
+  // and kMaxRows rows. The bits of a result depend on the row and the token alone: not on how many tokens
+  // there are and not on the range of rows. `next` is what the caller reads after this, rows of as many bytes
+  // each, or null: a kernel may ask memory for it. `workspace` has kWorkspaceBytes, aligned to a cache line;
+  // to a page is faster.
   void (*project)(const Matrix& matrix, int64_t row_begin, int64_t row_end, const PackedTokens& tokens,
                   float* out, int64_t out_stride, const uint8_t* next, uint8_t* workspace);
 

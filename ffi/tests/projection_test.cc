@@ -74,9 +74,11 @@ void TestIsa(const Isa& isa) {
     const int64_t cols = RoundUp(136, codec.column_multiple);
     for (const int64_t rows : {1, 9, 300}) CheckAgainstDouble({isa, codec, rows, cols, 5});
     // As few as one, more than a tile, and more than one call takes.
-    for (const int64_t tokens : {2, 7, 17, 33, 130}) {
+    for (const int64_t tokens : {2, 7, 17, 33, 70, 290}) {
       CheckOneTokenAloneHasTheSameBits({isa, codec, 67, RoundUp(264, codec.column_multiple), tokens});
     }
+    // So many that their activations pass through the cache in parts.
+    CheckOneTokenAloneHasTheSameBits({isa, codec, 35, RoundUp(3500, codec.column_multiple), 129});
   }
 }
 

@@ -15,6 +15,7 @@ constexpr int kSteps = kColumns / kTileColumns;
 constexpr int64_t kWindow = 16;  // scales of a row that are read at once
 
 constexpr int64_t Smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t Larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
 // How 32 columns of a row become a row of a weight tile.
 struct Tiles : Avx512Bf16 {
@@ -45,12 +46,16 @@ constexpr bool kScalesWeights = C::kScaling == Scaling::kGroupE8M0;
 
 template <typename C>
 constexpr int kScalesPerBlock = kScalesSums<C> || kScalesWeights<C> ? kColumns / ColumnsPerScale<C>() : 0;
+template <typename C>
+constexpr int64_t kBlocksPerWindow = kScalesPerBlock<C> > 0 ? kWindow / kScalesPerBlock<C> : 1;
 
 // Columns that are decoded at once: of a block, and in steps of a tile.
 template <typename C>
 constexpr int kSlice = C::template kStep<Tiles>;
 template <typename C>
 constexpr int kStepsPerSlice = kSlice<C> / kTileColumns;
+template <typename C>
+constexpr int kSlices = kColumns / kSlice<C>;
 
 // Whether weights are stored as tiles want them, so that whole tiles are read where they are.
 template <typename C>
@@ -63,6 +68,31 @@ struct ScaleWindow {
   alignas(64) uint32_t scale[kStripRows][kWindow];
   uint16_t
       special[kStripRows / 4];  // of four rows: a bit for each with which weights leave the normal numbers
+
+  // The first of a block's; kWindow behind it begin those of the next row.
+  const uint32_t* OfBlock(int64_t block) const {
+    return scale[0] + block % kBlocksPerWindow<C> * kScalesPerBlock<C>;
+  }
+};
+
+// Scales of whole rows: ones where there are none such.
+template <typename C>
+class RowScales {
+ public:
+  RowScales(const Matrix& matrix, int64_t begin, int64_t end) {
+    ScalePlace place(matrix, begin);
+    for (int64_t r = 0; r < end - begin; ++r, ++place) scales_[r] = RowScale<C>(matrix, *place);
+  }
+  __m512 Of(int64_t first) const { return _mm512_load_ps(scales_ + first); }
+
+ private:
+  alignas(64) float scales_[kStripRows] = {};
+};
+
+// A tile of weights in memory: where it begins, and the bytes between its rows.
+struct WeightTile {
+  const void* first;
+  int64_t stride;
 };
 
 // Up to two tiles of rows, which follow each other in memory.
@@ -83,49 +113,41 @@ class Rows {
 
   int64_t blocks() const { return (cols_ + kColumns - 1) / kColumns; }
 
-  // The first kTiles tiles of rows, a slice of columns, if it has to be decoded: to the first weight tiles of
-  // them at `to`, the others of the slice behind it, and those of the next tile of rows a block behind. What
-  // is beyond the matrix becomes zeros, and nothing is read there.
-  template <int kTiles>
-  inline __attribute__((always_inline)) void Decode(int64_t block, int slice, const ScaleWindow<C>& window,
-                                                    uint16_t* to) const {
-    const int64_t column = block * kColumns + slice * kSlice<C>;
-#pragma GCC unroll 2
-    for (int64_t first = 0; first < kTiles * kTileRows; first += kTileRows, to += kSteps * kTileWeights) {
-      if (__builtin_expect(!IsWhole(first, column), 0)) {
-        DecodePresent(first, Smaller(kTileRows, count_ - first), column, to);
-        continue;
+  // Asks for what a tile of rows needs after a slice of columns, and decodes the slice, unless tiles are read
+  // where they are stored and nobody wants copies: to the weight tile at `to` and, of a slice of two, the one
+  // behind it. What is beyond the matrix becomes zeros, and nothing is read there.
+  template <bool kToFirstCache, bool kCopies = false>
+  inline __attribute__((always_inline)) void Decode(int tile, int64_t block, int slice,
+                                                    const ScaleWindow<C>& window, uint16_t* to) const {
+    const int64_t first = tile * kTileRows, column = block * kColumns + slice * kSlice<C>;
+    if (__builtin_expect(!IsWhole(first, column), 0)) {
+      DecodePresent(first, Smaller(kTileRows, count_ - first), column, to);
+      return;
+    }
+    const int64_t place = column * C::kBits / 8;
+    const uint8_t* bytes = weights_ + first * stride_ + place;
+    const uint8_t* ahead = bytes + kAhead + (place + kAhead < stride_ ? 0 : from_end_to_next_);
+#pragma GCC unroll 4
+    for (int r = 0; r < kTileRows; r += 4, bytes += 4 * stride_, ahead += 4 * stride_) {
+      if (slice * kSliceBytes % 64 == 0) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          for (int64_t line = 0; line < kSliceBytes; line += 64)
+            __builtin_prefetch(ahead + i * stride_ + line, 0, kToFirstCache ? 3 : 2);
+        }
       }
-      const int64_t place = column * C::kBits / 8;
-      const uint8_t* bytes = weights_ + first * stride_ + place;
-      const uint8_t* ahead = bytes + kAhead + (place + kAhead < stride_ ? 0 : from_end_to_next_);
-#pragma GCC unroll 4
-      for (int r = 0; r < kTileRows; r += 4, bytes += 4 * stride_, ahead += 4 * stride_) {
-        if (slice * kSliceBytes % 64 == 0) {
-#pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i) {
-            for (int64_t line = 0; line < kSliceBytes; line += 64)
-              __builtin_prefetch(ahead + i * stride_ + line, 0, kTiles == 1 ? 3 : 2);
-          }
-        }
-        if constexpr (kAsStored<C>) continue;
-        if constexpr (kScalesWeights<C>) {
-          DecodeFourGroups(bytes, window, first + r, column / C::kGroup, to + r * kTileColumns);
-        } else {
-          DecodeFour(bytes, to + r * kTileColumns);
-        }
+      if constexpr (kAsStored<C> && !kCopies) continue;
+      if constexpr (kScalesWeights<C>) {
+        DecodeFourGroups(bytes, window, first + r, column / C::kGroup, to + r * kTileColumns);
+      } else {
+        DecodeFour(bytes, to + r * kTileColumns);
       }
     }
   }
 
-  // Where step `step` of a block finds its tile of rows, and the bytes between them: `decoded`, or the
-  // matrix.
-  struct Place {
-    const void* first;
-    int64_t stride;
-  };
-  inline __attribute__((always_inline)) Place Find(int64_t tile, int64_t block, int step,
-                                                   const uint16_t* decoded) const {
+  // Where step `step` of a block finds its tile of rows: `decoded`, or the matrix.
+  inline __attribute__((always_inline)) WeightTile Find(int tile, int64_t block, int step,
+                                                        const uint16_t* decoded) const {
     if constexpr (kAsStored<C>) {
       const int64_t first = tile * kTileRows, column = block * kColumns + step * kTileColumns;
       if (__builtin_expect(IsWhole(first, column / kSlice<C> * kSlice<C>), 1)) {
