@@ -6,7 +6,7 @@ VENV ?= .venv
 PROMPT ?= It was a cold night, and the old man
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint format oracle native-test clean check-tools
+.PHONY: demo test lint format oracle parity native-test clean check-tools
 
 demo: $(VENV)/installed
 	$(BIN)/python scripts/generate.py --prompt="$(PROMPT)" --max_tokens=120
@@ -26,9 +26,13 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 	git ls-files '*.cc' '*.h' | xargs $(BIN)/clang-format -i
 
-# Against PyTorch and transformers; prints the parity table and writes it to docs/parity.md.
+# Against PyTorch and transformers: tests (where these are installed, `make test` runs them too), and a table.
 oracle: $(VENV)/installed-oracle
 	$(BIN)/python -m pytest tests/oracle
+	$(MAKE) --no-print-directory parity
+
+# Prints the parity table and writes it to docs/parity.md.
+parity: $(VENV)/installed-oracle
 	$(BIN)/python -m tests.oracle.table --out=docs/parity.md
 
 # The kernels, store and pool under the sanitizers: of addresses and undefined behaviour, then of threads.

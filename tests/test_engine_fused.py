@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -72,3 +73,25 @@ def test_a_prompt_of_two_chunks_is_continued(fused: Engine) -> None:
     (output,) = run(fused, [ids(255)], [greedy(6, return_routed_experts=True)])
     assert len(output.token_ids) == 6
     assert output.routed_experts.shape == (260, fused.config.num_moe_layers, fused.config.top_k)
+
+
+def test_two_engines_in_one_process_do_not_disturb_each_other(
+    fused: Engine, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = write_tiny(tmp_path_factory.mktemp("other"), "halves", with_tokenizer=True)
+    params = [greedy(40), drawn(40, seed=3)]
+    with Engine(
+        folder, max_num_seqs=2, num_threads=1, warm_up=False, compilation_cache=None, use_tqdm=False
+    ) as other:
+        assert other.plan.executor == "fused"
+        prompts = {fused: [ids(9), ids(50, seed=1)], other: [random_ids("halves", n).tolist() for n in (7, 31)]}
+        alone = {engine: _token_ids(run(engine, prompts[engine], params)) for engine in prompts}
+        with ThreadPoolExecutor() as threads:
+            calls = {engine: threads.submit(run, engine, prompts[engine], params) for engine in prompts}
+            together = {engine: _token_ids(call.result()) for engine, call in calls.items()}
+        assert together == alone
+        assert_idle(other)
+
+
+def _token_ids(completions: list[CompletionOutput]) -> list[list[int]]:
+    return [list(each.token_ids) for each in completions]

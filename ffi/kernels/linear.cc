@@ -18,11 +18,8 @@ void Linear(ThreadPool& pool, const Isa& isa, const Codec& codec, const Matrix& 
     const int64_t count = std::min(portion, num_tokens - p * portion);
     portions[p] = TakePacked(session.scratch(), kernels, count, matrix.cols);
   }
-  session.Run(num_portions, [&](int64_t p) noexcept {
-    const uint16_t* rows[kMaxTokens];
-    for (int64_t t = 0; t < portions[p].tokens; ++t) rows[t] = activations + (p * portion + t) * matrix.cols;
-    kernels.pack(rows, 0, matrix.cols, portions[p].cols, portions[p]);
-  });
+  const auto row = [&](int64_t p, int64_t t) { return activations + (p * portion + t) * matrix.cols; };
+  PackAll(session, kernels, num_portions, matrix.cols, [&](int64_t p) { return portions[p]; }, row);
 
   const RowTasks tasks = CutRows({matrix.rows, codec.WeightBytes(1, matrix.cols), num_tokens, 1}, session);
   session.RunByNode(tasks.per_node(), [&](int node, int64_t task, TaskThread& thread) noexcept {

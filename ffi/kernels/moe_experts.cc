@@ -17,7 +17,7 @@ struct Portion {
 };
 
 // A thread's own memory while it runs a task.
-struct alignas(64) TaskMemory {
+struct alignas(4096) TaskMemory {
   uint8_t workspace[kWorkspaceBytes];
   float first[kMaxTokens * kMaxRows], second[kMaxTokens * kMaxRows];
   uint16_t rounded[kMaxTokens * kMaxRows];
@@ -130,14 +130,12 @@ void Call::TakeRoom(Portion& portion) {
 
 void Call::Pack(const uint16_t* hidden) {
   const int64_t width = store_.shape().hidden;
-  session_.Run(std::ssize(to_pack_), [&](int64_t p) noexcept {
-    const Portion& portion = *to_pack_[static_cast<size_t>(p)];
-    const uint16_t* rows[kMaxTokens];
-    for (int64_t t = 0; t < portion.hidden.tokens; ++t) {
-      rows[t] = hidden + groups_.pairs[static_cast<size_t>(portion.begin + t)].token * width;
-    }
-    kernels_.pack(rows, 0, width, portion.hidden.cols, portion.hidden);
-  });
+  const auto portion = [&](int64_t p) { return to_pack_[static_cast<size_t>(p)]; };
+  const auto row = [&](int64_t p, int64_t t) {
+    return hidden + groups_.pairs[static_cast<size_t>(portion(p)->begin + t)].token * width;
+  };
+  PackAll(
+      session_, kernels_, std::ssize(to_pack_), width, [&](int64_t p) { return portion(p)->hidden; }, row);
 }
 
 void Call::GateAndUp() {
@@ -199,7 +197,9 @@ void Call::DownRows(const Portions& expert, int64_t row_begin, int64_t row_end, 
   const int64_t num_rows = row_end - row_begin;
   float* projected = memory.first;
   for (const Portion& portion : expert.portions) {
-    kernels_.project(down, row_begin, row_end, portion.inner, projected, num_rows, next, memory.workspace);
+    const bool is_last = &portion == &expert.portions.back();
+    kernels_.project(down, row_begin, row_end, portion.inner, projected, num_rows, is_last ? next : nullptr,
+                     memory.workspace);
     for (int64_t t = 0; t < portion.inner.tokens; ++t) {
       const Pair& pair = groups_.pairs[static_cast<size_t>(portion.begin + t)];
       isa_.add_scaled(pair.weight, projected + t * num_rows, num_rows,

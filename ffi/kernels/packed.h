@@ -7,6 +7,7 @@
 #include "base/scratch.h"
 #include "codec/codec.h"
 #include "kernels/table.h"
+#include "machine/pool.h"
 
 namespace hmoe {
 
@@ -15,7 +16,8 @@ inline int64_t PackedBytes(const CodecKernels& kernels, int64_t tokens, int64_t 
   return places * RoundUp(cols, kBlock) * kernels.packed_bytes;
 }
 
-// Of how many tokens the portions are into which `tokens` are cut: as few portions as can be, about equal.
+// Of how many tokens the portions are into which `tokens`, one at least, are cut: as few portions as can be,
+// about equal.
 inline int64_t PortionTokens(const CodecKernels& kernels, int64_t tokens) {
   return RoundUp(CeilDiv(tokens, CeilDiv(tokens, kernels.most_tokens)), kernels.tile);
 }
@@ -26,6 +28,25 @@ inline PackedTokens TakePacked(Scratch& scratch, const CodecKernels& kernels, in
   auto* room = scratch.Take<uint8_t>(PackedBytes(kernels, tokens, cols) + static_cast<int64_t>(kPage));
   room += -reinterpret_cast<uintptr_t>(room) % kPage;
   return {room, tokens, RoundUp(cols, kBlock)};
+}
+
+// Packs `num_portions` portions: `portion(p)` says where to, `row(p, t)` where the activations of a token of
+// it are. Those of many tokens are cut by columns too, so that a single portion occupies all threads.
+template <typename PortionOf, typename RowOf>
+void PackAll(ThreadPool::Session& session, const CodecKernels& kernels, int64_t num_portions, int64_t cols,
+             const PortionOf& portion, const RowOf& row) {
+  constexpr int64_t kFewTokens = 16, kPieceColumns = 8 * kBlock;
+  const bool is_cut = num_portions > 0 && portion(0).tokens > kFewTokens;
+  const int64_t pieces = is_cut ? CeilDiv(cols, kPieceColumns) : 1;
+  session.Run(num_portions * pieces, [&](int64_t task) noexcept {
+    const int64_t p = task / pieces, piece = task % pieces;
+    const bool is_last = piece + 1 == pieces;
+    const int64_t begin = piece * kPieceColumns, end = is_last ? cols : begin + kPieceColumns;
+    const PackedTokens to = portion(p);
+    const uint16_t* rows[kMaxTokens];
+    for (int64_t t = 0; t < to.tokens; ++t) rows[t] = row(p, t) + begin;
+    kernels.pack(rows, begin, end - begin, is_last ? to.cols : end, to);
+  });
 }
 
 }  // namespace hmoe

@@ -10,9 +10,10 @@ namespace hmoe {
 inline constexpr int64_t kMaxTokens = 256;  // of one call of `project`, with any ISA
 inline constexpr int64_t kMaxRows = 256;
 
-// Activations of a few tokens, packed as an ISA and a codec want them. `cols` is a multiple of kBlock. Like a
-// workspace, they are best aligned to a page: a load that has an address's last 12 bits in common with an
-// earlier store waits for it, and kernels store where they do not load, counted from the beginning of a page.
+// Activations of up to kMaxTokens tokens, packed as an ISA and a codec want them. `cols` is a multiple of
+// kBlock. They are best aligned to a page, as a workspace is: a load that has an address's last 12 bits in
+// common with an earlier store waits for it, and where memory is the limit kernels store where they do not
+// load, counted from the beginning of a page.
 struct PackedTokens {
   uint8_t* data = nullptr;
   int64_t tokens = 0;
@@ -20,8 +21,8 @@ struct PackedTokens {
 };
 
 struct CodecKernels {
-  // Bytes of one packed activation; `tokens * cols * packed_bytes` is the size of PackedTokens, and those
-  // that begin at a multiple of `tile` tokens lie behind all earlier ones.
+  // Bytes of one packed activation. PackedTokens are `tokens * cols` of them, where more tokens than a tile
+  // count as whole tiles; those that begin at a multiple of `tile` tokens lie behind all earlier ones.
   int64_t packed_bytes;
   int64_t tile;
 
@@ -36,12 +37,12 @@ struct CodecKernels {
   // out[t * out_stride + r - row_begin] = row r of the matrix times token t, for up to `most_tokens` tokens
   // and kMaxRows rows. The bits of a result depend on the row and the token alone: not on how many tokens
   // there are and not on the range of rows. `next` is what the caller reads after this, rows of as many bytes
-  // each, or null: a kernel may ask memory for it. `workspace` has kWorkspaceBytes, aligned to a cache line;
-  // to a page is faster.
+  // each, or null: a kernel may ask memory for it. `workspace` has kWorkspaceBytes, aligned to a page.
   void (*project)(const Matrix& matrix, int64_t row_begin, int64_t row_end, const PackedTokens& tokens,
                   float* out, int64_t out_stride, const uint8_t* next, uint8_t* workspace);
 
-  // The values of `count` weights (a multiple of kBlock) through the decode that `project` uses, unscaled.
+  // The values of `count` weights (a multiple of kBlock), unscaled, through the decode that `project` uses
+  // (but for MXFP4 on tiles, whose scales go into the decoded weights).
   void (*decode)(const uint8_t* bytes, int64_t count, float* out);
 };
 

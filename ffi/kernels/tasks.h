@@ -37,17 +37,19 @@ struct Work {
 
 // A task reads a quarter of the second cache from each of its matrices: some 30 us of one core's memory
 // bandwidth, so that neither claiming it counts nor its first lines, which nobody asked for in time. With
-// many tokens as many rows as a kernel takes: they share the packed activations that pass through the cache.
+// more tokens than a tile has, as many rows as a kernel takes: they share the packed activations that pass
+// through the cache.
 // Fewer where the threads would run out of tasks: with eight each, the last one finishes within an eighth of
 // the others.
 inline RowTasks CutRows(const Work& work, const ThreadPool::Session& session) {
-  constexpr int64_t kTileRows = 16, kManyTokens = 16;
+  constexpr int64_t kTileRows = 16, kTileTokens = 16;
+  const bool has_many_tokens = work.tokens > kTileTokens;
+  const int64_t unit = has_many_tokens ? 2 * kTileRows : kTileRows;  // that tiles multiply at a time
   static const int64_t run_bytes = SecondCacheBytes() / 4;
-  const int64_t by_use = work.tokens > kManyTokens ? kMaxRows : run_bytes / work.row_bytes;
+  const int64_t by_use = has_many_tokens ? kMaxRows : run_bytes / work.row_bytes;
   const int64_t by_threads = work.rows * work.matrices / (8 * session.num_threads());
-  const int64_t wanted = std::clamp(std::min(by_use, by_threads), kTileRows, kMaxRows);
-  return {work.rows, RoundUp(CeilDiv(work.rows, session.num_nodes()), kTileRows),
-          wanted / kTileRows * kTileRows};
+  const int64_t wanted = std::clamp(std::min(by_use, by_threads), unit, kMaxRows);
+  return {work.rows, RoundUp(CeilDiv(work.rows, session.num_nodes()), kTileRows), wanted / unit * unit};
 }
 
 }  // namespace hmoe

@@ -27,7 +27,7 @@ constexpr int64_t kPrefetchBytes = 4096;
 
 // Of one call. Their activations, a megabyte of DeepSeek-V3's width, stay in the second cache while panel
 // after panel of rows passes over them.
-constexpr int64_t kMostTokens = 64;
+constexpr int64_t kVectorTokens = 64;
 
 // Columns that share one accumulator before scaling. The lanes of a group codec's accumulator belong to
 // different groups, and one vector of scales serves them all.
@@ -258,7 +258,7 @@ struct Panel {
 
   alignas(64) typename V::Packed weights[kPanelRows * kPanelColumns<V>];
   typename V::Acc scales[kPanelRows * kUnits];
-  typename V::Acc sums[kPanelRows * kMostTokens];
+  typename V::Acc sums[kPanelRows * kVectorTokens];
 
   // Units [first, first + units) of a row, the last of which may be a tail.
   void Decode(const Matrix& matrix, int64_t row, int64_t place, int64_t first, int64_t units) {
@@ -295,7 +295,7 @@ void ProjectPanel(const Matrix& matrix, int64_t row_begin, int64_t row_end,
     for (int64_t first = 0; first < all_units; first += PanelOf::kUnits) {
       const int64_t units = all_units - first < PanelOf::kUnits ? all_units - first : PanelOf::kUnits;
       for (int64_t r = 0; r < num_rows; ++r) panel->Decode(matrix, row + r, r, first, units);
-      const typename V::Packed* here[kMostTokens];
+      const typename V::Packed* here[kVectorTokens];
       for (int64_t t = 0; t < num_tokens; ++t) here[t] = packed[t] + first * kUnit<V, C>;
       MultiplyPanel<V, kScaled<C>, kUnitOperands<V, C>>(panel->weights, panel->scales, num_rows, units,
                                                         PanelOf::kUnits, here, num_tokens, panel->sums);
@@ -320,18 +320,18 @@ constexpr int64_t FirstPanelTokens() {
   constexpr double kFromSecond = V::kMultiplyCycles > 1 ? V::kMultiplyCycles : 1;
   constexpr double kBlockLoads = 0.5 * (V::kBlockRows + V::kBlockTokens) / (V::kBlockRows * V::kBlockTokens);
   constexpr double kFromBlock = V::kMultiplyCycles > kBlockLoads ? V::kMultiplyCycles : kBlockLoads;
-  for (int64_t tokens = 1; tokens < kMostTokens; ++tokens) {
+  for (int64_t tokens = 1; tokens < kVectorTokens; ++tokens) {
     const auto tiles = static_cast<double>((tokens + V::kTile - 1) / V::kTile);
     const auto count = static_cast<double>(tokens);
     if (tiles * kDecode + count * kFromSecond > kDecode + kStore + count * kFromBlock) return tokens;
   }
-  return kMostTokens;
+  return kVectorTokens;
 }
 
 template <typename V, typename C>
 void Project(const Matrix& matrix, int64_t row_begin, int64_t row_end, const PackedTokens& tokens, float* out,
              int64_t out_stride, const uint8_t* /*next*/, uint8_t* workspace) {
-  const typename V::Packed* packed[kMostTokens + V::kTile];
+  const typename V::Packed* packed[kVectorTokens + V::kTile];
   for (int64_t t = 0; t < tokens.tokens + V::kTile; ++t) {  // a tile that is not full repeats the last token
     const int64_t token = t < tokens.tokens ? t : tokens.tokens - 1;
     packed[t] = reinterpret_cast<const typename V::Packed*>(tokens.data) + token * tokens.cols;
@@ -360,7 +360,7 @@ struct VectorKernels {
   struct Of {
     static constexpr CodecKernels Make() {
       static_assert(kUnit<V, C> % C::template kStep<V> == 0 && C::template kStep<V> % V::kWidth == 0);
-      return {sizeof(typename V::Packed), 1, kMostTokens, Pack<V, C>, Project<V, C>, DecodeAll<V, C>};
+      return {sizeof(typename V::Packed), 1, kVectorTokens, Pack<V, C>, Project<V, C>, DecodeAll<V, C>};
     }
   };
   static constexpr IsaKernels Make() { return MakeIsaKernels<Of>(V::Read, MultiplyAdds<typename V::Dot>); }

@@ -30,8 +30,9 @@ struct Experts {
     }
   }
 
-  std::shared_ptr<ExpertStore> Store(const Codec& codec, const std::string& isa, int threads) const {
-    auto compute = Compute::Create(threads, isa).value();
+  std::shared_ptr<ExpertStore> Store(const Codec& codec, const std::string& isa, int threads,
+                                     const Topology& topology = DetectTopology()) const {
+    auto compute = Compute::Create(threads, isa, topology).value();
     auto store = ExpertStore::Create(compute, codec, shape).value();
     for (size_t i = 0; i < matrices.size(); ++i) {
       const auto expert = static_cast<int64_t>(i) / kNumMatrices;
@@ -88,6 +89,23 @@ void TestThreadsAndBatchesDoNotChangeBits(const Codec& codec, const std::string&
   }
 }
 
+// More tokens than a kernel takes at once, and so few that it takes them at once, on one and two nodes.
+void TestAnExpertOfManyTokensGivesEachItsBits(const Codec& codec, const std::string& isa) {
+  const Experts experts(codec);
+  Batch batch(experts.shape, 300);
+  for (int64_t t = 0; t < batch.tokens; ++t) {
+    for (int64_t slot = 0; slot < Batch::kSlots; ++slot)
+      batch.ids[static_cast<size_t>(t * Batch::kSlots + slot)] = slot == 0 ? 2 : t < 40 ? 3 : kNoExpert;
+  }
+  const auto store = experts.Store(codec, isa, 2);
+  const auto whole = batch.Run(*store, 0, batch.tokens);
+  CHECK(batch.Run(*experts.Store(codec, isa, 2, FindTopology("0;1").value()), 0, batch.tokens) == whole);
+  for (int64_t t = 0; t < batch.tokens; t += 23) {
+    const auto alone = batch.Run(*store, t, t + 1);
+    CHECK(std::equal(alone.begin(), alone.end(), whole.begin() + t * batch.width));
+  }
+}
+
 void TestCallersAtOnceGetTheirOwnResults() {
   const Codec codec = FindCodec("fp8_block").value();
   const Experts experts(codec);
@@ -129,6 +147,7 @@ int main() {
   for (const hmoe::Codec& codec : hmoe::AllCodecs()) {
     for (const std::string& isa : hmoe::OfferedIsaNames()) {
       hmoe::TestThreadsAndBatchesDoNotChangeBits(codec, isa);
+      hmoe::TestAnExpertOfManyTokensGivesEachItsBits(codec, isa);
     }
   }
   hmoe::TestCallersAtOnceGetTheirOwnResults();

@@ -175,13 +175,14 @@ def test_every_layout_of_scales_is_read(pool, codec, block, scale_dtype):
         assert_within(moe_experts(*batch.operands, layer=1, store=store.id), experts.exact(1, batch))
 
 
-def test_ten_thousand_stores_leave_nothing_behind(pool):
+@pytest.mark.parametrize("residency", ["mmap", "arena"])
+def test_ten_thousand_stores_leave_nothing_behind(pool, residency):
     shape = StoreShape(num_layers=1, num_experts=1, hidden=8, ffn=8)
     tensors = Experts.random(shape, "fp8_block").tensors
 
     def cycle(times: int) -> None:
         for _ in range(times):
-            ExpertStore(tensors, shape=shape, codec="fp8_block", pool=pool).close()
+            ExpertStore(tensors, shape=shape, codec="fp8_block", pool=pool, residency=residency).close()
 
     def growth(times: int) -> int:
         before = resident_bytes()

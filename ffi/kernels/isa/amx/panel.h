@@ -1,4 +1,4 @@
-// Rows with more tokens than that, where multiplication is the limit: a block of a strip's columns is decoded
+// Rows with more than 32 tokens, where multiplication is the limit: a block of a strip's columns is decoded
 // once and multiplied with all tokens.
 #pragma once
 
@@ -18,27 +18,25 @@ class Panel {
                float* out, int64_t out_stride, const uint8_t* next) {
     const TileUse use;
     products_.Clear();
-    __builtin_memset(weights_, 0, sizeof weights_);  // of rows that are not there
     const int64_t num_pairs = (tokens.tokens + kPairTokens - 1) / kPairTokens;
     const int64_t blocks = tokens.cols / kColumns, pass = Larger(1, kPassBlocks / num_pairs);
     for (int64_t first = 0; first < blocks; first += pass) {
+      const int64_t last = Smaller(first + pass, blocks), last_column = Smaller(last * kColumns, matrix.cols);
+      const auto weights_at = [&](int64_t row, int64_t column) {
+        return RowOf<C>(matrix, row).weights + column * C::kBits / 8;
+      };
+      const uint8_t* next_pass = last < blocks ? weights_at(row_begin, last_column) : next;
       for (int64_t row = row_begin; row < row_end; row += kStripRows) {
         const int64_t end = Smaller(row + kStripRows, row_end);
-        const Rows<C> rows(matrix, row, end, end < row_end ? RowOf<C>(matrix, end).weights : next);
+        const uint8_t* next_strip = end < row_end ? weights_at(end, first * kColumns) : next_pass;
+        const Rows<C> rows(matrix, row, end, last_column, next_strip);
         TileSums* totals = totals_[(row - row_begin) / kStripRows];
         if (first == 0) __builtin_memset(totals, 0, static_cast<size_t>(num_pairs) * sizeof *totals);
-        Multiply(rows, first, Smaller(first + pass, blocks), tokens, totals);
+        Multiply(rows, first, last, tokens, totals);
       }
     }
-    for (int64_t row = row_begin; row < row_end; row += kTileRows) {
-      const int64_t end = Smaller(row + kTileRows, row_end), from_begin = row - row_begin;
-      const RowScales<C> scales(matrix, row, end);
-      for (int64_t t = 0; t < tokens.tokens; t += kTileTokens) {
-        const int64_t tile = from_begin % kStripRows / kTileRows * 2 + t % kPairTokens / kTileTokens;
-        Write(totals_[from_begin / kStripRows][t / kPairTokens][tile], scales, end - row,
-              Smaller(kTileTokens, tokens.tokens - t), out + t * out_stride + from_begin, out_stride);
-      }
-    }
+    for (int64_t row = row_begin; row < row_end; row += kTileRows)
+      WriteRows(matrix, row_begin, row, Smaller(row + kTileRows, row_end), tokens.tokens, out, out_stride);
   }
 
  private:
@@ -80,9 +78,7 @@ class Panel {
       for (due += pieces; due >= steps; due -= steps) Decode(rows, block + 1, piece++);
     };
     for (int64_t t = 0; t < tokens.tokens; t += kPairTokens, ++totals) {
-      const auto* left = reinterpret_cast<const uint16_t*>(tokens.data) + t * tokens.cols;
-      const TokenTiles all{left, left + kTileTokens * tokens.cols, kTileTokens};
-      const TokenTiles tiles = all.After(block * kColumns);
+      const TokenTiles tiles = TokenTiles::From(tokens, t).After(block * kColumns);
       if (!kScalesSums<C>) LoadTiles<2, 2>(*totals);
       if (tokens.tokens - t > kTileTokens) {
         products_.template MultiplyBlock<2, 2, 2>(find, tiles, scales, *totals, decode);
@@ -101,16 +97,21 @@ class Panel {
                                       weights_[block % 2][tile] + slice * kStepsPerSlice<C> * kTileWeights);
   }
 
-  // Totals of 16 rows with 16 tokens to rows of `out`.
-  static void Write(const float* totals, const RowScales<C>& scales, int64_t num_rows, int64_t num_tokens,
-                    float* out, int64_t out_stride) {
-    __m512i rows[kTileRows];
-    for (int64_t r = 0; r < kTileRows; ++r) rows[r] = _mm512_load_si512(totals + r * kTileTokens);
-    Transpose(rows);
-    const auto present = static_cast<__mmask16>((1u << num_rows) - 1);
-    for (int64_t t = 0; t < num_tokens; ++t) {
-      const __m512 scaled = _mm512_mul_ps(_mm512_castsi512_ps(rows[t]), scales.Of(0));
-      _mm512_mask_storeu_ps(out + t * out_stride, present, scaled);
+  // The totals of a tile of rows to the columns of `out`, which begin with row `row_begin`.
+  void WriteRows(const Matrix& matrix, int64_t row_begin, int64_t row, int64_t end, int64_t num_tokens,
+                 float* out, int64_t out_stride) const {
+    const RowScales<C> scales(matrix, row, end);
+    const auto present = static_cast<__mmask16>((1u << (end - row)) - 1);
+    const int64_t strip = (row - row_begin) / kStripRows, tile = (row - row_begin) % kStripRows / kTileRows;
+    for (int64_t first = 0; first < num_tokens; first += kTileTokens) {
+      const float* totals = totals_[strip][first / kPairTokens][tile * 2 + first / kTileTokens % 2];
+      __m512i x[kTileRows];  // a row of totals each, then a token's
+      for (int64_t r = 0; r < kTileRows; ++r) x[r] = _mm512_load_si512(totals + r * kTileTokens);
+      Transpose(x);
+      for (int64_t t = 0; t < Smaller(kTileTokens, num_tokens - first); ++t) {
+        _mm512_mask_storeu_ps(out + (first + t) * out_stride + row - row_begin, present,
+                              _mm512_mul_ps(_mm512_castsi512_ps(x[t]), scales.Of(0)));
+      }
     }
   }
 

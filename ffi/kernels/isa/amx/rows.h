@@ -99,10 +99,14 @@ struct WeightTile {
 template <typename C>
 class Rows {
  public:
-  // `next` is read after them.
-  Rows(const Matrix& matrix, int64_t begin, int64_t end, const uint8_t* next)
-      : weights_(RowOf<C>(matrix, begin).weights), count_(end - begin), cols_(matrix.cols) {
-    if (next != nullptr) from_end_to_next_ = next - (weights_ + stride_);
+  // Of them columns are read up to `last_column`, and then what lies at `next` and, for each next row, as
+  // many bytes behind it as rows are long.
+  Rows(const Matrix& matrix, int64_t begin, int64_t end, int64_t last_column, const uint8_t* next)
+      : weights_(RowOf<C>(matrix, begin).weights),
+        count_(end - begin),
+        cols_(matrix.cols),
+        end_(last_column * C::kBits / 8) {
+    if (next != nullptr) from_end_to_next_ = next - (weights_ + end_);
     if constexpr (kScalesPerBlock<C> > 0) {
       ScalePlace place(matrix, begin);
       for (int64_t r = 0; r < count_; ++r, ++place) {
@@ -126,7 +130,7 @@ class Rows {
     }
     const int64_t place = column * C::kBits / 8;
     const uint8_t* bytes = weights_ + first * stride_ + place;
-    const uint8_t* ahead = bytes + kAhead + (place + kAhead < stride_ ? 0 : from_end_to_next_);
+    const uint8_t* ahead = bytes + kAhead + (place + kAhead < end_ ? 0 : from_end_to_next_);
 #pragma GCC unroll 4
     for (int r = 0; r < kTileRows; r += 4, bytes += 4 * stride_, ahead += 4 * stride_) {
       if (slice * kSliceBytes % 64 == 0) {
@@ -275,7 +279,8 @@ class Rows {
   const uint8_t* const weights_;
   const int64_t count_, cols_;
   const int64_t stride_ = cols_ * C::kBits / 8;  // bytes
-  // From the end of a row to the one that is read next in its place: in bytes, or nowhere.
+  const int64_t end_;                            // of what is read of a row, in bytes
+  // From there to what is read next in its place: in bytes, or nowhere.
   int64_t from_end_to_next_ = -kAhead;
   const uint8_t* scales_[kStripRows];
 };

@@ -12,21 +12,17 @@ namespace {
 template <typename C>
 class Strip {
  public:
-  template <int kRowTiles>
+  // With up to kTiles tiles of tokens.
+  template <int kTiles>
   void Project(const Matrix& matrix, int64_t row_begin, int64_t row_end, const PackedTokens& tokens,
                float* out, int64_t out_stride, const uint8_t* next) {
-    const int64_t width = Smaller(tokens.tokens, kTileTokens);
-    const auto* left = reinterpret_cast<const uint16_t*>(tokens.data);
-    const TileUse use(width);
+    const TokenTiles tiles = TokenTiles::From(tokens, 0);
+    const TileUse use(tiles.width);
     products_.Clear();
-    for (int64_t row = row_begin; row < row_end; row += kRowTiles * kTileRows) {
-      const int64_t end = Smaller(row + kRowTiles * kTileRows, row_end);
-      const Rows<C> rows(matrix, row, end, end < row_end ? RowOf<C>(matrix, end).weights : next);
-      if (tokens.tokens > kTileTokens) {
-        Multiply<kRowTiles, 2>(rows, {left, left + kTileTokens * tokens.cols, width});
-      } else {
-        Multiply<kRowTiles, 1>(rows, {left, left, width});
-      }
+    for (int64_t row = row_begin; row < row_end; row += kTiles * kTileRows) {
+      const int64_t end = Smaller(row + kTiles * kTileRows, row_end);
+      const Rows<C> rows(matrix, row, end, matrix.cols, end < row_end ? RowOf<C>(matrix, end).weights : next);
+      Multiply<kTiles>(rows, tiles);
       const RowScales<C> scales(matrix, row, end);
       for (int64_t t = 0; t < tokens.tokens; ++t)
         Write(scales, end - row, t, out + t * out_stride + row - row_begin);
@@ -34,13 +30,13 @@ class Strip {
   }
 
  private:
-  template <int kRowTiles, int kTokenTiles>
+  template <int kTiles>
   void Multiply(const Rows<C>& rows, TokenTiles tokens) {
     const auto decode = [&](int64_t block, int slice) __attribute__((always_inline)) {
 #pragma GCC unroll 2
-      for (int tile = 0; tile < kRowTiles; ++tile) {
-        rows.template Decode<kRowTiles == 1>(tile, block, slice, windows_[block / kBlocksPerWindow<C> % 2],
-                                             weights_[tile] + slice * kStepsPerSlice<C> * kTileWeights);
+      for (int tile = 0; tile < kTiles; ++tile) {
+        rows.template Decode<kTiles == 1>(tile, block, slice, windows_[block / kBlocksPerWindow<C> % 2],
+                                          weights_[tile] + slice * kStepsPerSlice<C> * kTileWeights);
       }
     };
     const auto read_scales = [&](int64_t block) __attribute__((always_inline)) {
@@ -53,12 +49,12 @@ class Strip {
     read_scales(0);
 #pragma GCC unroll 4
     for (int slice = 0; slice < kSlices<C>; ++slice) decode(0, slice);
-    ZeroTiles<kRowTiles, kTokenTiles>();
+    ZeroTiles<kTiles, kTiles>();
     const int64_t blocks = rows.blocks();
     for (int64_t block = 0; block < blocks; ++block, tokens = tokens.After(kColumns)) {
       const bool is_last = block + 1 == blocks;
       if (!is_last) read_scales(block + 1);
-      products_.template MultiplyBlock<kRowTiles, kTokenTiles>(
+      products_.template MultiplyBlock<kTiles, kTiles>(
           [&](int tile, int step) __attribute__((always_inline)) {
             return rows.Find(tile, block, step, weights_[tile] + step * kTileWeights);
           },
@@ -67,8 +63,8 @@ class Strip {
             if ((step + 1) % kStepsPerSlice<C> == 0 && !is_last) decode(block + 1, step / kStepsPerSlice<C>);
           });
     }
-    products_.template Finish<kRowTiles, kTokenTiles>();
-    if (!kScalesSums<C>) StoreTiles<kRowTiles, kTokenTiles>(totals_);
+    products_.template Finish<kTiles, kTiles>();
+    if (!kScalesSums<C>) StoreTiles<kTiles, kTiles>(totals_);
   }
 
   // The totals of a token to out[0 .. num_rows).

@@ -14,11 +14,17 @@ namespace {
 // By place: upper rows with the left and with the right tokens, lower rows with both.
 using TileSums = float[4][kTileFloats];
 
-// Packed activations of up to two tiles of tokens, `width` tokens wide.
+// Packed activations of one or two tiles of tokens, `width` tokens wide.
 struct TokenTiles {
   const uint16_t *left, *right;
   int64_t width;
 
+  // Those of tokens `first`, a multiple of a tile, and on.
+  static TokenTiles From(const PackedTokens& tokens, int64_t first) {
+    const auto* left = reinterpret_cast<const uint16_t*>(tokens.data) + first * tokens.cols;
+    const bool is_pair = tokens.tokens - first > kTileTokens;
+    return {left, is_pair ? left + kTileTokens * tokens.cols : left, Smaller(tokens.tokens, kTileTokens)};
+  }
   TokenTiles After(int64_t columns) const { return {left + columns * width, right + columns * width, width}; }
 };
 
@@ -58,8 +64,8 @@ class Products {
 
   // Products of one block: `weights(tile, step)` says where the weights of a step lie, and `between(step)` is
   // called behind it. Sums with scales of their own are scaled and added to `totals`, the last of them in the
-  // next call or in Finish; `scales` has those of a row, and kWindow behind them those of the next. Other
-  // sums stay in the tiles.
+  // next call or in Finish (where calls differ in their tiles of tokens, kWaitingTokenTiles is the most);
+  // `scales` has those of a row, and kWindow behind them those of the next. Other sums stay in the tiles.
   template <int kRowTiles, int kTokenTiles, int kWaitingTokenTiles = kTokenTiles, typename Weights,
             typename Between>
   inline __attribute__((always_inline)) void MultiplyBlock(const Weights& weights, TokenTiles tokens,
