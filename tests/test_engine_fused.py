@@ -80,9 +80,7 @@ def test_two_engines_in_one_process_do_not_disturb_each_other(
 ) -> None:
     folder = write_tiny(tmp_path_factory.mktemp("other"), "halves", with_tokenizer=True)
     params = [greedy(40), drawn(40, seed=3)]
-    with Engine(
-        folder, max_num_seqs=2, num_threads=1, warm_up=False, compilation_cache=None, use_tqdm=False
-    ) as other:
+    with Engine(folder, max_num_seqs=2, num_threads=1, warm_up=False, compilation_cache=None, use_tqdm=False) as other:
         assert other.plan.executor == "fused"
         prompts = {fused: [ids(9), ids(50, seed=1)], other: [random_ids("halves", n).tolist() for n in (7, 31)]}
         alone = {engine: _token_ids(run(engine, prompts[engine], params)) for engine in prompts}

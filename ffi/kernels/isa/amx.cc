@@ -1,9 +1,10 @@
 // AMX-BF16: products of tiles, 16 rows of weights x 32 columns with up to 16 tokens.
 //
 // A tile product takes as long for one token as for sixteen, and a weight is decoded once for all of them, so
-// tiles serve every number of tokens: that keeps a token's bits the same in every batch. What changes with it is
-// only how many tiles share a load: two of rows with two of tokens are all that eight registers hold, so from
-// one tile of tokens on rows are taken in pairs of tiles, and from two on their sums have to wait in memory.
+// tiles serve every number of tokens: that keeps a token's bits the same in every batch. What changes with it
+// is only how many tiles share a load: two of rows with two of tokens are all that eight registers hold, so
+// from one tile of tokens on rows are taken in pairs of tiles, and from two on their sums have to wait in
+// memory.
 
 #include "kernels/isa/amx/pack.h"
 #include "kernels/isa/amx/panel.h"
