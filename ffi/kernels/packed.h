@@ -1,6 +1,7 @@
 // Activations of many tokens, packed in portions that one call of a kernel takes.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 
@@ -36,8 +37,9 @@ template <typename PortionOf, typename RowOf>
 void PackAll(ThreadPool::Session& session, const CodecKernels& kernels, int64_t num_portions, int64_t cols,
              const PortionOf& portion, const RowOf& row) {
   constexpr int64_t kFewTokens = 16, kPieceColumns = 8 * kBlock;
-  const bool is_cut = num_portions > 0 && portion(0).tokens > kFewTokens;
-  const int64_t pieces = is_cut ? CeilDiv(cols, kPieceColumns) : 1;
+  int64_t most_tokens = 0;
+  for (int64_t p = 0; p < num_portions; ++p) most_tokens = std::max(most_tokens, portion(p).tokens);
+  const int64_t pieces = most_tokens > kFewTokens ? CeilDiv(cols, kPieceColumns) : 1;
   session.Run(num_portions * pieces, [&](int64_t task) noexcept {
     const int64_t p = task / pieces, piece = task % pieces;
     const bool is_last = piece + 1 == pieces;
