@@ -285,5 +285,24 @@ class Rows {
   const uint8_t* scales_[kStripRows];
 };
 
+// The window of scales that is in use, and the next.
+template <typename C>
+class ScaleWindows {
+ public:
+  // What the first block that is used needs.
+  void Begin(const Rows<C>& rows, int64_t block) {
+    const int64_t window = block / kBlocksPerWindow<C>;
+    if constexpr (kScalesPerBlock<C> > 0) rows.ReadScales(window, &windows_[window % 2]);
+  }
+  // What each one after it needs, in their order.
+  void Advance(const Rows<C>& rows, int64_t block) {
+    if (block % kBlocksPerWindow<C> == 0) Begin(rows, block);
+  }
+  const ScaleWindow<C>& Of(int64_t block) const { return windows_[block / kBlocksPerWindow<C> % 2]; }
+
+ private:
+  ScaleWindow<C> windows_[2];
+};
+
 }  // namespace
 }  // namespace hmoe

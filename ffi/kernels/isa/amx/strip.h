@@ -35,30 +35,25 @@ class Strip {
     const auto decode = [&](int64_t block, int slice) __attribute__((always_inline)) {
 #pragma GCC unroll 2
       for (int tile = 0; tile < kTiles; ++tile) {
-        rows.template Decode<kTiles == 1>(tile, block, slice, windows_[block / kBlocksPerWindow<C> % 2],
+        rows.template Decode<kTiles == 1>(tile, block, slice, windows_.Of(block),
                                           weights_[tile] + slice * kStepsPerSlice<C> * kTileWeights);
       }
     };
-    const auto read_scales = [&](int64_t block) __attribute__((always_inline)) {
-      if (kScalesPerBlock<C> == 0 || block % kBlocksPerWindow<C> != 0) return;
-      const int64_t window = block / kBlocksPerWindow<C>;
-      rows.ReadScales(window, &windows_[window % 2]);
-    };
 
     __builtin_memset(totals_, 0, sizeof totals_);
-    read_scales(0);
+    windows_.Begin(rows, 0);
 #pragma GCC unroll 4
     for (int slice = 0; slice < kSlices<C>; ++slice) decode(0, slice);
     ZeroTiles<kTiles, kTiles>();
     const int64_t blocks = rows.blocks();
     for (int64_t block = 0; block < blocks; ++block, tokens = tokens.After(kColumns)) {
       const bool is_last = block + 1 == blocks;
-      if (!is_last) read_scales(block + 1);
+      if (!is_last) windows_.Advance(rows, block + 1);
       products_.template MultiplyBlock<kTiles, kTiles>(
           [&](int tile, int step) __attribute__((always_inline)) {
             return rows.Find(tile, block, step, weights_[tile] + step * kTileWeights);
           },
-          tokens, windows_[block / kBlocksPerWindow<C> % 2].OfBlock(block), totals_,
+          tokens, windows_.Of(block).OfBlock(block), totals_,
           [&](int step) __attribute__((always_inline)) {
             if ((step + 1) % kStepsPerSlice<C> == 0 && !is_last) decode(block + 1, step / kStepsPerSlice<C>);
           });
@@ -85,7 +80,7 @@ class Strip {
   alignas(64) uint16_t weights_[2][kSteps * kTileWeights];
   alignas(64) TileSums totals_;
   Products<C> products_;
-  ScaleWindow<C> windows_[2];
+  ScaleWindows<C> windows_;
 };
 
 }  // namespace
