@@ -38,9 +38,8 @@ struct Work {
 // A task reads a quarter of the second cache from each of its matrices: some 30 us of one core's memory
 // bandwidth, so that neither claiming it counts nor its first lines, which nobody asked for in time. With
 // more tokens than a tile has, as many rows as a kernel takes: they share the packed activations that pass
-// through the cache.
-// Fewer where the threads would run out of tasks: with eight each, the last one finishes within an eighth of
-// the others.
+// through the cache. Fewer where the threads would run out of tasks: with eight each, the last one finishes
+// within an eighth of the others.
 inline RowTasks CutRows(const Work& work, const ThreadPool::Session& session) {
   constexpr int64_t kTileRows = 16, kTileTokens = 16;
   const bool has_many_tokens = work.tokens > kTileTokens;

@@ -89,7 +89,7 @@ void TestThreadsAndBatchesDoNotChangeBits(const Codec& codec, const std::string&
   }
 }
 
-// More tokens than a kernel takes at once, and so few that it takes them at once, on one and two nodes.
+// One expert has more tokens than a kernel takes at once, another fewer; on one node and on two.
 void TestAnExpertOfManyTokensGivesEachItsBits(const Codec& codec, const std::string& isa) {
   const Experts experts(codec);
   Batch batch(experts.shape, 300);
