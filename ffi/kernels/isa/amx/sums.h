@@ -77,11 +77,12 @@ class Products {
       if (kScalesSums<C> && part == 0) ZeroTiles<kRowTiles, kTokenTiles>();
       MultiplyStep<kRowTiles, kTokenTiles>(weights, step, tokens.After(step * kTileColumns));
       if constexpr (kScalesSums<C>) {
-        if (waiting_.scales != nullptr) AddPart<kRowTiles, kWaitingTokenTiles>(part);
+        const int turn = Turn(sum);
+        if (waiting_.scales != nullptr) AddPart<kRowTiles, kWaitingTokenTiles>(part, sums_[turn ^ 1]);
         if (part + 1 == kStepsPerSum) {
-          waiting_ = {scales + sum, &totals, &sums_[turn_]};
-          StoreTiles<kRowTiles, kTokenTiles>(sums_[turn_]);
-          turn_ ^= 1;
+          waiting_ = {scales + sum, &totals};
+          StoreTiles<kRowTiles, kTokenTiles>(sums_[turn]);
+          turn_ ^= kSumsPerBlock % 2;
         }
       }
       between(step);
@@ -91,13 +92,19 @@ class Products {
   template <int kRowTiles, int kTokenTiles>
   void Finish() {
     if (waiting_.scales == nullptr) return;
-    for (int part = 0; part < kStepsPerSum; ++part) AddPart<kRowTiles, kTokenTiles>(part);
+    for (int part = 0; part < kStepsPerSum; ++part)
+      AddPart<kRowTiles, kTokenTiles>(part, sums_[Turn(kSumsPerBlock) ^ 1]);
     waiting_.scales = nullptr;
   }
 
  private:
   // Products of one sum with a scale of its own; otherwise of a block.
-  static constexpr int kStepsPerSum = kScalesSums<C> ? kSteps / kScalesPerBlock<C> : kSteps;
+  static constexpr int kSumsPerBlock = kScalesSums<C> ? kScalesPerBlock<C> : 1;
+  static constexpr int kStepsPerSum = kSteps / kSumsPerBlock;
+
+  // In which of the two places a block's sum is put: in turn, which the compiler knows where a block has an
+  // even number of them.
+  int Turn(int sum) const { return kSumsPerBlock % 2 == 0 ? sum % 2 : turn_; }
 
   // Activations of many tokens come from the second cache, where they are wanted once per strip of rows: not
   // to be kept in the first, they leave it to sums and decoded weights.
@@ -128,7 +135,7 @@ class Products {
 
   // One of kStepsPerSum parts of the additions.
   template <int kRowTiles, int kTokenTiles>
-  inline __attribute__((always_inline)) void AddPart(int part) {
+  inline __attribute__((always_inline)) void AddPart(int part, const TileSums& sums) {
     constexpr int64_t kPart = kRowTiles * kTileRows / kStepsPerSum;
 #pragma GCC unroll 32
     for (int64_t r = part * kPart; r < (part + 1) * kPart; ++r) {
@@ -137,7 +144,7 @@ class Products {
       for (int t = 0; t < kTokenTiles; ++t) {
         const int64_t tile = r / kTileRows * 2 + t, place = r % kTileRows * kTileTokens;
         float* total = (*waiting_.totals)[tile] + place;
-        const __m512 sum = _mm512_load_ps((*waiting_.sums)[tile] + place);
+        const __m512 sum = _mm512_load_ps(sums[tile] + place);
         const __m512 factor = _mm512_castsi512_ps(_mm512_set1_epi32(scale));
         _mm512_store_ps(total, _mm512_fmadd_ps(sum, factor, _mm512_load_ps(total)));
       }
@@ -147,8 +154,8 @@ class Products {
   alignas(64) TileSums sums_[2];  // the last to be taken out, and the one before
   struct {
     const uint32_t* scales;
-    TileSums *totals, *sums;
-  } waiting_;
+    TileSums* totals;
+  } waiting_;  // of the last to be taken out
   int turn_;
 };
 
