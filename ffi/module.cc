@@ -115,6 +115,9 @@ void BindExpertStore(nb::module_& m) {
       .def("add", &PyExpertStore::Add, "layer"_a, "expert"_a, "matrix"_a, "weights"_a.noconvert(),
            "scales"_a.noconvert().none(), "scale_dtype"_a = "float32")
       .def("freeze", &PyExpertStore::Freeze)
+      .def("copy_records", &PyExpertStore::CopyRecords, "layer"_a, "experts"_a.noconvert(),
+           "out"_a.noconvert())
+      .def_prop_ro("record_bytes", &PyExpertStore::RecordBytes)
       .def("close", &PyExpertStore::Close)
       .def_prop_ro("id", &PyExpertStore::id)
       .def_prop_ro("residency",

@@ -41,6 +41,14 @@ class CheckpointError(HmoeError, ValueError):
         super().__init__(f"{where}: {problem}{detail}" if where else f"{problem}{detail}")
 
 
+def unchecked(cls: type[T], **values: Any) -> T:
+    """A record whose fields hold something else than their annotations say, as JAX's own placeholders do."""
+    value = object.__new__(cls)
+    for name, each in values.items():
+        object.__setattr__(value, name, each)
+    return value
+
+
 def record(cls: type[T]) -> type[T]:
     """Registers a frozen dataclass of arrays as a pytree, one child per field.
 
@@ -54,10 +62,7 @@ def record(cls: type[T]) -> type[T]:
         return [(jax.tree_util.GetAttrKey(name), getattr(value, name)) for name in names], None
 
     def unflatten(_: None, children: Iterable[Any]) -> T:
-        value = object.__new__(cls)
-        for name, child in zip(names, children, strict=True):
-            object.__setattr__(value, name, child)
-        return value
+        return unchecked(cls, **dict(zip(names, children, strict=True)))
 
     def flatten(value: T) -> tuple[list[Any], None]:
         return [getattr(value, name) for name in names], None

@@ -19,6 +19,9 @@ from tests.serving import MAX_LEN, NUM_PAGES, NUM_SLOTS, PREFILL_LEN, assert_idl
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
 
+# For what runs on several devices; all else takes the first.
+jax.config.update("jax_num_cpu_devices", 4)
+
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 

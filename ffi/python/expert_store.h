@@ -21,6 +21,9 @@ namespace hmoe {
 using PyBytes =
     nanobind::ndarray<const uint8_t, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>;
 
+using PyIds = nanobind::ndarray<const int32_t, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>;
+using PyRecords = nanobind::ndarray<uint8_t, nanobind::ndim<2>, nanobind::c_contig, nanobind::device::cpu>;
+
 class PyExpertStore {
  public:
   PyExpertStore(const PyThreadPool& pool, std::string_view codec, const StoreShape& shape,
@@ -47,6 +50,17 @@ class PyExpertStore {
   }
 
   void Freeze() { Check(store_->Freeze()); }
+
+  int64_t RecordBytes() const { return Check(store_->RecordBytes()); }
+
+  void CopyRecords(int64_t layer, const PyIds& experts, const PyRecords& out) const {
+    const Status copied = [&] {
+      const nanobind::gil_scoped_release unlocked;
+      return store_->CopyRecords(layer, std::span(experts.data(), experts.size()),
+                                 std::span(out.data(), out.size()));
+    }();
+    Check(copied);
+  }
 
   // The arrays are let go only when no call reads them any more. They leave held_ in one step under the GIL:
   // their destructors run Python code, which may let another thread in, or close the store itself.

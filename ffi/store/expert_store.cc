@@ -1,5 +1,6 @@
 #include "store/expert_store.h"
 
+#include <cstring>
 #include <utility>
 
 namespace hmoe {
@@ -77,14 +78,19 @@ std::optional<std::string> ExpertStore::placement_refusal() const {
   return arena_ ? arena_->refusal() : std::nullopt;
 }
 
-Status ExpertStore::Add(int64_t layer, int64_t expert, MatrixName name, std::span<const uint8_t> weights,
-                        std::span<const uint8_t> scales, ScaleType scale_type) {
+Status ExpertStore::CheckPlace(int64_t layer, int64_t expert) const {
   if (layer < 0 || layer >= shape_.layers) {
     return Fail("layer: expected 0 <= layer < ", shape_.layers, ", got ", layer);
   }
   if (expert < 0 || expert >= shape_.experts) {
     return Fail("expert: expected 0 <= expert < ", shape_.experts, ", got ", expert);
   }
+  return {};
+}
+
+Status ExpertStore::Add(int64_t layer, int64_t expert, MatrixName name, std::span<const uint8_t> weights,
+                        std::span<const uint8_t> scales, ScaleType scale_type) {
+  if (Status checked = CheckPlace(layer, expert); !checked.ok()) return checked;
   const bool is_down = name == MatrixName::kDown;
   auto matrix = codec_.Describe(is_down ? shape_.hidden : shape_.ffn, is_down ? shape_.ffn : shape_.hidden,
                                 weights, scales, scale_type);
@@ -100,6 +106,10 @@ Status ExpertStore::Add(int64_t layer, int64_t expert, MatrixName name, std::spa
   }
   held = matrix.value();
   added_bytes_ += std::ssize(weights) + std::ssize(scales);
+  const std::array parts = {static_cast<int64_t>(weights.size()), static_cast<int64_t>(scales.size())};
+  auto& first = part_bytes_[static_cast<size_t>(name)];
+  if (first[0] == 0) first = parts;
+  is_uniform_ = is_uniform_ && first == parts;
   return {};
 }
 
@@ -121,6 +131,42 @@ Status ExpertStore::Freeze() {
                 shape_.layers * shape_.experts * kNumMatrices, " matrices are missing, the first is ", first);
   }
   state_ = State::kFrozen;
+  return {};
+}
+
+Result<int64_t> ExpertStore::RecordBytes() const {
+  if (!is_uniform_) return Fail("the experts have no common record: the number of their scales differs");
+  int64_t bytes = 0;
+  for (const auto& [weights, scales] : part_bytes_) {
+    bytes += RoundUp(weights, kRecordAlign) + RoundUp(scales, kRecordAlign);
+  }
+  return bytes;
+}
+
+Status ExpertStore::CopyRecords(int64_t layer, std::span<const int32_t> experts, std::span<uint8_t> out) const {
+  const auto reading = Read();
+  if (!reading.ok()) return reading.error();
+  const auto record_bytes = RecordBytes();
+  if (!record_bytes.ok()) return record_bytes.error();
+  if (std::ssize(out) != std::ssize(experts) * record_bytes.value()) {
+    return Fail("out: expected ", std::ssize(experts), " records of ", record_bytes.value(), " bytes, got ",
+                out.size(), " bytes");
+  }
+  for (const int32_t expert : experts) {
+    if (Status checked = CheckPlace(layer, expert); !checked.ok()) return checked;
+  }
+  uint8_t* to = out.data();
+  const auto copy = [&to](const uint8_t* from, int64_t bytes) {
+    if (bytes > 0) std::memcpy(to, from, static_cast<size_t>(bytes));
+    to += RoundUp(bytes, kRecordAlign);
+  };
+  for (const int32_t expert : experts) {
+    for (size_t name = 0; name < kNumMatrices; ++name) {
+      const Matrix& matrix = Expert(layer, expert).matrices[name];
+      copy(matrix.weights, part_bytes_[name][0]);
+      copy(matrix.scales, part_bytes_[name][1]);
+    }
+  }
   return {};
 }
 

@@ -39,6 +39,9 @@ struct StoreShape {
   int64_t ffn = 0;
 };
 
+// Every part of an expert's record begins a cache line, as every matrix in an arena does.
+inline constexpr int64_t kRecordAlign = 64;
+
 // Where the weights lie while the store lives.
 enum class Residency {
   kMmap,   // where the caller of Add has them, who keeps them until Close has returned
@@ -67,6 +70,14 @@ class ExpertStore {
 
   // Refuses a store with holes, and names the first.
   Status Freeze();
+
+  // An expert as one record: gate, up and down, of each the weights and then the scales, every part at a
+  // multiple of kRecordAlign bytes. Fails for a store whose experts differ in the number of their scales.
+  Result<int64_t> RecordBytes() const;
+
+  // Copies the records of some experts of a layer, one after the other. Fails for an id or a size that is
+  // wrong, and when the store is not open.
+  Status CopyRecords(int64_t layer, std::span<const int32_t> experts, std::span<uint8_t> out) const;
 
   // Waits for the readings in progress. Later readings fail with `error`.
   void Close(Error error);
@@ -97,6 +108,7 @@ class ExpertStore {
   ExpertStore(std::shared_ptr<Compute> compute, const Codec& codec, const StoreShape& shape,
               Residency residency);
   Status OpenArena();
+  Status CheckPlace(int64_t layer, int64_t expert) const;
   Status MoveToArena(Matrix& matrix, std::span<const uint8_t> weights, std::span<const uint8_t> scales);
 
   const std::shared_ptr<Compute> compute_;
@@ -106,6 +118,8 @@ class ExpertStore {
   std::optional<Arena> arena_;  // with Residency::kArena, until Close
   int64_t added_bytes_ = 0;     // of all experts, weights and scales
   std::vector<ExpertWeights> experts_;
+  std::array<std::array<int64_t, 2>, kNumMatrices> part_bytes_{};  // of weights and scales, as first added
+  bool is_uniform_ = true;                                         // all experts have parts of those sizes
   State state_ = State::kBuilding;
   Error closed_;                   // what callers are told then
   mutable std::shared_mutex use_;  // shared: reading. Exclusive: changing experts_, arena_, state_, closed_.

@@ -7,17 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from hmoe_jax.architectures.deepseek_v3 import RoutedExperts
-from hmoe_jax.experts.store import StoreStats
+from hmoe_jax.experts.store import ExpertStore, StoreStats
 
 
 @dataclass(frozen=True)
 class ExpertBackend:
     """`bind(operand)` makes the experts of a traced program, where `operand` is a pytree of arrays passed to it.
 
-    `stats` is None where XLA computes the experts and nobody counts. `close` frees what the backend owns.
+    `store` holds the experts in host memory; None where XLA computes them, and nobody counts (`stats`). `close` frees
+    what the backend owns.
     """
 
     operand: Any
     bind: Callable[[Any], RoutedExperts]
-    stats: Callable[[], StoreStats] | None
+    store: ExpertStore | None
     close: Callable[[], None]
+
+    @property
+    def stats(self) -> Callable[[], StoreStats] | None:
+        return self.store.stats if self.store is not None else None

@@ -41,7 +41,7 @@ def load_experts(
     def bind(operand: tuple[()]) -> RoutedExperts:
         return lambda layer, hidden, ids, weights: moe_experts(hidden, ids, weights, layer=layer, store=store.id)
 
-    return ExpertBackend(operand=(), bind=bind, stats=store.stats, close=store.close)
+    return ExpertBackend(operand=(), bind=bind, store=store, close=store.close)
 
 
 def _codec(config: ModelConfig, checkpoint: Checkpoint) -> str:

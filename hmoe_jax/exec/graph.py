@@ -47,7 +47,7 @@ def load_experts(
     operand = tuple(
         ExpertArrays(**{matrix: read(layer, matrix) for matrix in MATRICES}) for layer in range(config.num_moe_layers)
     )
-    return ExpertBackend(operand=operand, bind=_bind, stats=None, close=lambda: None)
+    return ExpertBackend(operand=operand, bind=_bind, store=None, close=lambda: None)
 
 
 def _stack(experts: list[tuple[np.ndarray, np.ndarray | None]], codec: str, dtype: DTypeLike) -> ExpertMatrices:

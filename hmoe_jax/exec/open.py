@@ -17,6 +17,7 @@ from hmoe_jax.exec import fused, graph
 from hmoe_jax.exec.load import bytes_to_read, check_checkpoint, load_weights
 from hmoe_jax.exec.plan import EngineOptions, Plan, find_hardware, resolve
 from hmoe_jax.exec.programs import Executor
+from hmoe_jax.exec.stream import StreamExecutor
 from hmoe_jax.kernels.pool import ThreadPool
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ def open_executor(
                 pool_id = None
             weights = load_weights(config, checkpoint, dtype=plan.dtype, pool=pool_id, advance=advance)
         kept = ExitStack()
-        executor = Executor(config, weights, backend, plan=plan, on_close=kept.close)
+        kind = Executor if plan.stream is None else StreamExecutor
+        executor = kind(config, weights, backend, plan=plan, on_close=kept.close)
         kept.push(owned.pop_all())  # only now: the executor's cache may not have fitted
     return executor, plan

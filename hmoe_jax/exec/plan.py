@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.exec.buckets import Buckets
+from hmoe_jax.exec.passes import StreamPlan, plan_stream
 from hmoe_jax.kernels.pool import available_isas, resolve_num_threads
 from hmoe_jax.kv.pages import CacheLayout
 from hmoe_jax.perf.sizes import count_parameters
@@ -22,6 +23,12 @@ PAGE_SIZE = 64
 
 CHUNK_LEN = 256
 """Positions that one step of the loop over the context takes: 300 KB of latents, which stay in the L2 cache."""
+
+PREFILL_LEN = 512
+"""Tokens of a prompt that one step takes by default, where experts are computed in place."""
+
+STREAM_SHARE = 0.25
+"""The part of the device's memory that streaming may take."""
 
 KV_SHARE = 0.25
 """The part of the device's memory that the cache may take by default."""
@@ -40,17 +47,19 @@ class EngineOptions:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 8
-    max_prefill_tokens: int = 512
+    max_prefill_tokens: int | None = None
     num_threads: int | Literal["auto"] = "auto"
     device: Literal["auto", "cpu", "gpu"] = "auto"
     executor: Literal["auto", "graph", "fused"] = "auto"
+    prefill: Literal["auto", "step", "stream"] = "auto"
+    prefill_devices: int = 1
     isa: str = "auto"
     kv_cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_prefill_tokens", "max_model_len", "kv_cache_bytes"):
+        for name in ("max_num_seqs", "prefill_devices", "max_prefill_tokens", "max_model_len", "kv_cache_bytes"):
             value = getattr(self, name)
-            optional = name in ("max_model_len", "kv_cache_bytes")
+            optional = name not in ("max_num_seqs", "prefill_devices")
             if optional and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -59,6 +68,7 @@ class EngineOptions:
             "dtype": ("auto", "bfloat16", "float32"),
             "device": ("auto", "cpu", "gpu"),
             "executor": ("auto", "graph", "fused"),
+            "prefill": ("auto", "step", "stream"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -97,6 +107,7 @@ class Plan:
     num_threads: int
     layout: CacheLayout
     buckets: Buckets
+    stream: StreamPlan | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def describe(self) -> list[str]:
@@ -139,6 +150,7 @@ def resolve(options: EngineOptions, config: ModelConfig, hardware: Hardware) -> 
     if options.num_threads == "auto":
         reasons["num_threads"] = f"{num_threads}, the physical cores that this process may use"
     layout = _layout(options, config, hardware, dtype, reasons)
+    stream = _stream(options, config, hardware, executor, layout, reasons)
     return Plan(
         device=hardware.device,
         executor=executor,
@@ -146,7 +158,8 @@ def resolve(options: EngineOptions, config: ModelConfig, hardware: Hardware) -> 
         isa=isa,
         num_threads=num_threads,
         layout=layout,
-        buckets=_buckets(options, layout),
+        buckets=_buckets(options, layout, stream),
+        stream=stream,
         reasons=reasons,
     )
 
@@ -213,9 +226,41 @@ def _layout(
     )
 
 
-def _buckets(options: EngineOptions, layout: CacheLayout) -> Buckets:
+def _stream(
+    options: EngineOptions,
+    config: ModelConfig,
+    hardware: Hardware,
+    executor: str,
+    layout: CacheLayout,
+    reasons: dict[str, str],
+) -> StreamPlan | None:
+    if options.prefill != "stream":
+        if options.prefill_devices > 1:
+            raise ValueError(f"prefill_devices {options.prefill_devices} needs prefill 'stream'")
+        return None
+    if executor != "fused":
+        raise ValueError(f"prefill 'stream' needs executor 'fused', with experts in host memory, got {executor!r}")
+    devices = jax.devices(hardware.platform)
+    if options.prefill_devices > len(devices):
+        raise ValueError(f"prefill_devices {options.prefill_devices}: {hardware.platform!r} has {len(devices)} devices")
+    others = [device for device in devices if device != hardware.device]
+    chosen = (hardware.device, *others[: options.prefill_devices - 1])
+    # Devices of the CPU platform share one memory.
+    shares = len(chosen) if hardware.platform == "cpu" else 1
+    memory_bytes = int(hardware.memory_bytes * STREAM_SHARE) // shares
+    stream = plan_stream(config, chosen, memory_bytes=memory_bytes, max_len=layout.max_len)
+    reasons["stream"] = (
+        f"passes of at most {stream.pass_len} tokens, experts in groups of {stream.group_size} on each of "
+        f"{len(chosen)} device(s)"
+    )
+    return stream
+
+
+def _buckets(options: EngineOptions, layout: CacheLayout, stream: StreamPlan | None) -> Buckets:
     """32, 128, 512... tokens and 1, 4, 16... sequences up to the limits: padding against programs to compile."""
-    limit = min(options.max_prefill_tokens, layout.max_len)
+    longest = min(stream.pass_len, layout.max_len) if stream is not None else layout.max_len
+    default = longest if stream is not None else PREFILL_LEN
+    limit = min(options.max_prefill_tokens or default, longest)
     prefill = _geometric(SMALLEST_PREFILL, limit)
     decode = _geometric(1, options.max_num_seqs)
     return Buckets(prefill=prefill, decode=decode, scored=prefill[min(1, len(prefill) - 1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
@@ -10,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, UInt
 
 from hmoe_jax.architectures import deepseek_v3
-from hmoe_jax.architectures.deepseek_v3 import RoutedExperts, Tokens, Weights
+from hmoe_jax.architectures.deepseek_v3 import Attend, RoutedExperts, Tokens, Weights
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.core import record
 from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch
@@ -55,20 +56,16 @@ class StepModel:
 def prefill(model: StepModel, state: DeviceState, batch: PrefillBatch) -> tuple[StepOutput, DeviceState]:
     """Runs the tokens, fills the cache, samples after the last one."""
     hidden, caches, routes = _prefill_hidden(model, state, batch)
-    last = jax.lax.dynamic_slice_in_dim(hidden, batch.length - 1, 1)
-    sampled, sampler = sample(
-        state.sampler, batch.slot[None], deepseek_v3.logits(model.weights, last), batch.is_last[None]
-    )
+    sampled, sampler = sample_last(model.weights, state.sampler, batch, hidden)
     return StepOutput(sampled, routes), DeviceState(caches, sampler)
 
 
 def prefill_scored(model: StepModel, state: DeviceState, batch: PrefillBatch) -> tuple[StepOutput, DeviceState]:
     """The same, with log-probabilities of the targets: the head runs on every token, not on one."""
     hidden, caches, routes = _prefill_hidden(model, state, batch)
-    logits = deepseek_v3.logits(model.weights, hidden)
-    last = jax.lax.dynamic_slice_in_dim(logits, batch.length - 1, 1)
-    sampled, sampler = sample(state.sampler, batch.slot[None], last, batch.is_last[None])
-    return StepOutput(sampled, routes, report(logits, batch.targets)), DeviceState(caches, sampler)
+    sampled, sampler = sample_last(model.weights, state.sampler, batch, hidden)
+    scores = report(deepseek_v3.logits(model.weights, hidden), batch.targets)
+    return StepOutput(sampled, routes, scores), DeviceState(caches, sampler)
 
 
 def prefill_logits(
@@ -94,18 +91,46 @@ def decode_logits(
     return logits, DeviceState(caches, state.sampler)
 
 
-def _prefill_hidden(model: StepModel, state: DeviceState, batch: PrefillBatch) -> Forward:
-    offsets = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32)
+def sample_last(
+    weights: Weights, sampler: SamplerState, batch: PrefillBatch, hidden: Float[Array, "t d"]
+) -> tuple[Sampled, SamplerState]:
+    """The token after the batch's last one; the sampler's row moves on if the prompt ends there."""
+    last = jax.lax.dynamic_slice_in_dim(hidden, batch.length - 1, 1)
+    return sample(sampler, batch.slot[None], deepseek_v3.logits(weights, last), batch.is_last[None])
+
+
+def prefill_tokens(batch: PrefillBatch, begin: int | Int32[Array, ""], size: int) -> Tokens:
+    """Rows `begin .. begin + size - 1` of the batch."""
+    offsets = begin + jnp.arange(size, dtype=jnp.int32)
     # Padding keeps the last real position, so that it adds no chunk to the loop over the context.
     positions = batch.start + jnp.minimum(offsets, batch.length - 1)
-    tokens = Tokens(ids=batch.tokens, positions=positions, valid=offsets < batch.length)
-    tables = jnp.broadcast_to(batch.table, (offsets.shape[0], batch.table.shape[0]))
+    ids = jax.lax.dynamic_slice_in_dim(batch.tokens, begin, size)
+    return Tokens(ids=ids, positions=positions, valid=offsets < batch.length)
+
+
+def prefill_attention(
+    config: ModelConfig,
+    layout: CacheLayout,
+    batch: PrefillBatch,
+    tokens: Tokens,
+    *,
+    gather: Callable[[Array], Array] = lambda rows: rows,
+) -> Attend[Array]:
+    """Attention of these tokens to their sequence. `gather` collects rows of the devices that share the tokens."""
+    positions, valid = gather(tokens.positions), gather(tokens.valid)
+    tables = jnp.broadcast_to(batch.table, (positions.shape[0], batch.table.shape[0]))
 
     def attend(cache: Array, queries: Queries, up: UpProjections, latents: Array) -> tuple[Array, Array]:
-        cache = write_latents(cache, tables, positions, tokens.valid, latents)
-        context = _context(model.layout, cache, batch.table, positions, latents.dtype)
-        return attend_decompressed(queries, up, context, scale=model.config.softmax_scale), cache
+        cache = write_latents(cache, tables, positions, valid, gather(latents))
+        context = _context(layout, cache, batch.table, tokens.positions, latents.dtype)
+        return attend_decompressed(queries, up, context, scale=config.softmax_scale), cache
 
+    return attend
+
+
+def _prefill_hidden(model: StepModel, state: DeviceState, batch: PrefillBatch) -> Forward:
+    tokens = prefill_tokens(batch, 0, batch.tokens.shape[0])
+    attend = prefill_attention(model.config, model.layout, batch, tokens)
     return deepseek_v3.forward(model.config, model.weights, tokens, state.caches, attend, model.experts)
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Int32, UInt8
 
 from hmoe_jax.architectures.deepseek_v3_checkpoint import MATRICES, Matrix
+from hmoe_jax.experts.records import Part, RecordLayout
 from hmoe_jax.kernels import _native
 from hmoe_jax.kernels.pool import ThreadPool
 from hmoe_jax.quant.formats import find_format
@@ -94,6 +96,7 @@ class ExpertStore:
             ffn=shape.ffn,
             residency=residency,
         )
+        self._parts: dict[Matrix, tuple[Part, Part | None]] = {}
         for tensor in tensors:
             self._add(tensor)
             del tensor  # else its arrays live while the next is read
@@ -109,6 +112,9 @@ class ExpertStore:
             if tensor.scale.dtype != np.float32:  # the default
                 options["scale_dtype"] = tensor.scale.dtype.name
         self.native.add(tensor.layer, tensor.expert, tensor.matrix, weight, scale, **options)
+        if tensor.matrix not in self._parts:
+            scale_part = None if tensor.scale is None else Part(tensor.scale.shape, tensor.scale.dtype)
+            self._parts[tensor.matrix] = (Part(tensor.weight.shape, tensor.weight.dtype), scale_part)
 
     @property
     def id(self) -> int:
@@ -127,6 +133,20 @@ class ExpertStore:
         Then a page lies where the thread ran that first wrote to it, which is mostly the same node.
         """
         return self.native.placement_refusal
+
+    @property
+    def record_layout(self) -> RecordLayout:
+        """How `copy_records` lays out an expert. Raises `ValueError` if the experts have different scales."""
+        layout = RecordLayout(self.codec, self._parts)
+        assert layout.num_bytes == self.native.record_bytes
+        return layout
+
+    def copy_records(self, layer: int, experts: Int32[np.ndarray, " e"], out: UInt8[np.ndarray, "e n"]) -> None:
+        """Copies experts of one layer as records (`record_layout`). Other Python threads run meanwhile.
+
+        Raises `ValueError` for an id or a shape that is wrong, and when the store is closed.
+        """
+        self.native.copy_records(layer, experts, out)
 
     def stats(self) -> StoreStats:
         stats = self.native.stats()

@@ -1,0 +1,439 @@
+"""The `stream` executor: prefill with experts that are copied to the devices group by group, while others compute.
+
+A pass takes as many tokens as memory allows through all layers; of each layer `front` runs over blocks of the tokens,
+then every group of experts over all tokens that chose them, then `back` over the blocks. Each of these is a *quantum*:
+a small compiled program. Copies run ahead of the computation, across the layers' borders too. Decoding is that of
+another executor, over the same weights.
+
+Over several devices (mesh axis `ep`) each copies and computes its own experts for all tokens; a block's tokens are
+divided for everything else. `x` and the caches are the same on all devices.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Float32, Int32, UInt8
+
+from hmoe_jax.architectures import deepseek_v3
+from hmoe_jax.architectures.deepseek_v3 import Attend, Layer, Seam, Tokens, Weights
+from hmoe_jax.config import ModelConfig
+from hmoe_jax.core import record, unchecked
+from hmoe_jax.exec.backend import ExpertBackend
+from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch
+from hmoe_jax.exec.copies import AXIS, CopyLane, ExpertStream, Group, Span
+from hmoe_jax.exec.groups import choose, guess, owned, tiles
+from hmoe_jax.exec.plan import Plan
+from hmoe_jax.exec.programs import Executor, StepFunction
+from hmoe_jax.exec.step import (
+    DeviceState,
+    StepOutput,
+    decode,
+    prefill,
+    prefill_attention,
+    prefill_logits,
+    prefill_scored,
+    prefill_tokens,
+    sample_last,
+)
+from hmoe_jax.kernels.grouped.experts import VARIANTS
+from hmoe_jax.kernels.grouped.routes import SortedRoutes, group_rows, sort_routes
+from hmoe_jax.nn.norm import rms_norm
+from hmoe_jax.sampling import SamplerState, report
+
+LIKELY = 0.5
+"""An expert is copied before its layer's router has chosen if it is at least so probable that some token chooses it."""
+
+SCORED_ROWS = 128
+"""Logits of so many tokens are held at a time, for the log-probabilities of a prompt."""
+
+_ALL = PartitionSpec()
+_OWN = PartitionSpec(AXIS)
+
+
+@record
+@dataclass(frozen=True)
+class Pass:
+    """The activations of a pass. `x` is a block's residual between its `front` and its `back`.
+
+    `routed` is what each device's own experts have given so far, one device after the other.
+    """
+
+    x: Float[Array, "t d"]
+    hidden: Float[Array, "t d"]
+    ids: Int32[Array, "t k"]
+    weights: Float32[Array, "t k"]
+    routed: Float32[Array, "nt d"]
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a quantum's program is divided over the devices, and which arguments it takes over."""
+
+    outputs: Any
+    donated: tuple[int, ...] = ()
+
+
+_PASS = unchecked(Pass, x=_ALL, hidden=_ALL, ids=_ALL, weights=_ALL, routed=_OWN)
+_BEGIN = _Form(_PASS)
+_BLOCK = _Form((_PASS, _ALL), donated=(1, 2))
+_SORT = _Form((_PASS, _ALL, _ALL), donated=(0,))
+_GROUP = _Form((_OWN, _OWN), donated=(0,))
+
+
+@dataclass(frozen=True)
+class Quantum:
+    """One step of a prefill that has been started on the devices: what, of which layer, of how many layers."""
+
+    name: str
+    layer: int
+    num_layers: int
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A piece of a prompt: its batch on the host, padded to whole blocks, and on all devices."""
+
+    batch: PrefillBatch
+    everywhere: PrefillBatch
+    length: int
+    block_len: int
+
+    @property
+    def padded_len(self) -> int:
+        return self.batch.tokens.shape[0]
+
+
+Quanta = Generator[Quantum, None, Any]
+
+
+class StreamExecutor(Executor):
+    """Prefills by streaming, and decodes as `Executor` does. Closing it ends the copy lanes as well."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        backend: ExpertBackend,
+        *,
+        plan: Plan,
+        on_close: Callable[[], None],
+    ):
+        super().__init__(config, weights, backend, plan=plan, on_close=on_close)
+        stream, store = plan.stream, backend.store
+        assert stream is not None
+        assert store is not None
+        self.stream = stream
+        self.spans: list[Span] = []
+        self._mesh = Mesh(np.array(stream.devices), (AXIS,))
+        self._records = store.record_layout
+        self._lanes = [CopyLane(store, device, stream) for device in stream.devices]
+        self._everywhere = jax.tree.map(self._replicate, weights)
+        # Layers that differ in nothing but their numbers share programs.
+        self._kinds = [str(jax.tree.map(jax.typeof, layer)) for layer in weights.layers]
+        self._mirrors = self._copy_caches()
+        self._quantum_programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._tails: dict[tuple[str, int], Callable[..., Any]] = {}
+
+    def run(self, function: StepFunction, batch: PrefillBatch | DecodeBatch) -> Any:
+        """As `Executor.run`; a prompt's quanta one after the other."""
+        if isinstance(batch, DecodeBatch):
+            return super().run(function, batch)
+        quanta = self.quanta(function, batch)
+        while True:
+            try:
+                next(quanta)
+            except StopIteration as end:
+                return end.value
+
+    def quanta(self, function: StepFunction, batch: PrefillBatch) -> Quanta:
+        """Runs a prompt, or a piece of one, in quanta; the generator's value is the output of `function`.
+
+        Closing the generator between two quanta cancels the prompt: what it left in the cache is nobody's, and
+        everything else is freed.
+        """
+        prompt = self._prompt(batch)
+        with ExitStack() as owned:
+            experts = ExpertStream(self._lanes, self._mesh, depth=self.stream.depth, note=self.spans.append)
+            owned.callback(experts.close)
+            self._ask(experts, deque(self._guess(0, prompt)))
+            operands = (self._everywhere.embed, prompt.everywhere)
+            state = self._run(_BEGIN, ("begin", prompt.padded_len), self._begin, *operands)
+            routes = []
+            for index in range(self.config.num_layers):
+                if index < self.config.num_dense_layers:
+                    state = yield from self._over_blocks("dense", self._dense, index, state, prompt)
+                    continue
+                state = yield from self._over_blocks("front", self._front, index, state, prompt)
+                state, sorted_routes, ids = self._run(_SORT, ("sort", prompt.padded_len), self._sort, state)
+                routes.append(_here(ids))
+                state = yield from self._groups(index, state, sorted_routes, prompt, experts)
+                state = yield from self._over_blocks("back", self._back, index, state, prompt)
+            return self._finish(function, batch, _here(state.x)[: len(batch.tokens)], routes)
+
+    def warm_up(self) -> list[Callable[[], object]]:
+        """One job for each size of batch; a prompt's programs are compiled by running one."""
+        decodes = [partial(self._program, decode, self.empty_decode(size)) for size in self.buckets.decode]
+        return [*decodes, *(partial(self._warm_up_prefill, size) for size in self.buckets.prefill)]
+
+    def reset(self) -> None:
+        super().reset()
+        self._mirrors = self._copy_caches()
+
+    def close(self) -> None:
+        for lane in self._lanes:
+            lane.close()
+        for array in jax.tree.leaves((self._everywhere, self._mirrors)):
+            array.delete()
+        super().close()
+
+    def _over_blocks(
+        self, name: str, function: Callable[..., Any], index: int, state: Pass, prompt: _Prompt
+    ) -> Generator[Quantum, None, Pass]:
+        layer, key = self._everywhere.layers[index], (name, self._kinds[index], prompt.padded_len)
+        program = partial(function, block_len=prompt.block_len)
+        for first in range(0, prompt.length, prompt.block_len):
+            operands = (layer, state, self._cache(index), prompt.everywhere, np.int32(first))
+            state, cache = self._run(_BLOCK, key, program, *operands)
+            self._set_cache(index, cache)
+            yield Quantum(name, index, self.config.num_layers)
+        return state
+
+    def _groups(
+        self, index: int, state: Pass, routes: SortedRoutes, prompt: _Prompt, experts: ExpertStream
+    ) -> Generator[Quantum, None, Pass]:
+        layer, ahead = index - self.config.num_dense_layers, experts.ahead
+        counts = np.diff(np.asarray(_here(routes.offsets)))
+        owners = owned(self.config.num_experts, len(self._lanes))
+        rest = choose(layer, counts, owners, size=self.stream.group_size, ahead=ahead)
+        waiting = deque([*rest, *self._guess(layer + 1, prompt)])
+        for _ in range(len(ahead) + len(rest)):
+            # The next copy is asked for before this group computes: on a GPU it would wait for what began before it.
+            self._ask(experts, waiting)
+            group, records = experts.take()
+            done = records
+            chosen = self._divide(group.experts)
+            for first, rows in tiles(counts, group, self.stream.tile_rows):
+                operands = (state.routed, state.hidden, routes, chosen, np.int32(first), records)
+                program = partial(self._group, rows=rows)
+                routed, done = self._run(_GROUP, ("group", rows, prompt.padded_len), program, *operands)
+                state = replace(state, routed=routed)
+            experts.computing(done)
+            yield Quantum("experts", index, self.config.num_layers)
+        self._ask(experts, waiting)
+        return state
+
+    def _ask(self, experts: ExpertStream, waiting: deque[Group]) -> None:
+        while waiting and len(experts.ahead) < self.stream.depth - 1:
+            experts.ask(waiting.popleft())
+
+    def _guess(self, layer: int, prompt: _Prompt) -> list[Group]:
+        """What to copy of a layer before its router has chosen: nothing, if most of it would be in vain."""
+        used = 1 - (1 - self.config.top_k / self.config.num_experts) ** prompt.length
+        if layer == self.config.num_moe_layers or used < LIKELY:
+            return []
+        size, count = self.stream.group_size, self.stream.depth - 1
+        return guess(layer, owned(self.config.num_experts, len(self._lanes)), size=size, count=count)
+
+    def _finish(self, function: StepFunction, batch: PrefillBatch, x: Array, routes: list[Array]) -> Any:
+        """The output of `function` from the activations after the last layer, on the first device."""
+        weights = replace(self._weights, layers=())
+        key = (function.__name__, len(x))
+        if key not in self._tails:
+            tail = partial(_TAILS[function], self.config)
+            self._tails[key] = jax.jit(tail, donate_argnums=1).lower(weights, self._state.sampler, batch, x).compile()
+        output, sampler = self._tails[key](weights, self._state.sampler, batch, x)
+        self._state = DeviceState(self._state.caches, sampler)
+        if isinstance(output, StepOutput):
+            no_routes = jnp.zeros((0, len(x), self.config.top_k), jnp.int32)
+            return replace(output, routes=jnp.stack(routes)[:, : len(x)] if routes else no_routes)
+        return output
+
+    def _warm_up_prefill(self, size: int) -> None:
+        for function in (prefill, prefill_scored):
+            self.run(function, self.empty_prefill(size))
+
+    def _prompt(self, batch: PrefillBatch) -> _Prompt:
+        """Blocks are of equal length, which the devices divide."""
+        block_len = min(self.stream.block_len, len(batch.tokens))
+        block_len = -(-block_len // len(self._lanes)) * len(self._lanes)
+        missing = -len(batch.tokens) % block_len
+        tokens, targets = (np.pad(each, (0, missing)) for each in (batch.tokens, batch.targets))
+        padded = replace(batch, tokens=tokens, targets=targets)
+        everywhere = jax.device_put(padded, NamedSharding(self._mesh, _ALL))
+        return _Prompt(padded, everywhere, int(batch.length), block_len)
+
+    def _run(self, form: _Form, key: tuple[Any, ...], function: Callable[..., Any], *operands: Any) -> Any:
+        """Runs a quantum's program on all devices; compiles it if this `key` is new."""
+        if key not in self._quantum_programs:
+            specs = tuple(jax.tree.map(_spec, operand) for operand in operands)
+            divided = jax.shard_map(function, mesh=self._mesh, in_specs=specs, out_specs=form.outputs, check_vma=False)
+            divided.__name__ = "_".join(str(part) for part in key if "(" not in str(part))
+            self._quantum_programs[key] = jax.jit(divided, donate_argnums=form.donated).lower(*operands).compile()
+        return self._quantum_programs[key](*operands)
+
+    def _replicate(self, array: Array) -> Array:
+        """On every device: the first one's copy is the array itself."""
+        return self._join([array, *(jax.device_put(array, device) for device in self.stream.devices[1:])])
+
+    def _join(self, copies: list[Array]) -> Array:
+        return jax.make_array_from_single_device_arrays(copies[0].shape, NamedSharding(self._mesh, _ALL), copies)
+
+    def _divide(self, rows: np.ndarray) -> Array:
+        return jax.device_put(rows, NamedSharding(self._mesh, _OWN))
+
+    def _copy_caches(self) -> list[list[Array]]:
+        """The caches of the other devices."""
+        others = self.stream.devices[1:]
+        return [[jax.device_put(cache, device) for device in others] for cache in self._state.caches]
+
+    def _cache(self, index: int) -> Array:
+        return self._join([self._state.caches[index], *self._mirrors[index]])
+
+    def _set_cache(self, index: int, cache: Array) -> None:
+        shards = {shard.device: shard.data for shard in cache.addressable_shards}
+        first, *self._mirrors[index] = (shards[device] for device in self.stream.devices)
+        caches = self._state.caches
+        self._state = DeviceState((*caches[:index], first, *caches[index + 1 :]), self._state.sampler)
+
+    # What follows is traced: the programs of the quanta.
+
+    def _begin(self, embed: Array, batch: PrefillBatch) -> Pass:
+        with jax.named_scope("embed"):
+            x = embed[batch.tokens]
+        slots = (len(x), self.config.top_k)
+        return Pass(
+            x=x,
+            hidden=jnp.zeros_like(x),
+            ids=jnp.zeros(slots, jnp.int32),
+            weights=jnp.zeros(slots, jnp.float32),
+            routed=jnp.zeros(x.shape, jnp.float32),
+        )
+
+    def _dense(
+        self, layer: Layer, state: Pass, cache: Array, batch: PrefillBatch, first: Array, *, block_len: int
+    ) -> tuple[Pass, Array]:
+        begin, own = _own_rows(first, block_len)
+        tokens = prefill_tokens(batch, begin, own)
+        x, cache = deepseek_v3.dense_layer(
+            self.config, layer, _rows(state.x, begin, own), tokens, cache, self._attend(batch, tokens)
+        )
+        return replace(state, x=_set_rows(state.x, first, _gather(x))), cache
+
+    def _front(
+        self, layer: Layer, state: Pass, cache: Array, batch: PrefillBatch, first: Array, *, block_len: int
+    ) -> tuple[Pass, Array]:
+        begin, own = _own_rows(first, block_len)
+        tokens = prefill_tokens(batch, begin, own)
+        seam, cache = deepseek_v3.front(
+            self.config, layer, _rows(state.x, begin, own), tokens, cache, self._attend(batch, tokens)
+        )
+        found = {"x": seam.residual, "hidden": seam.hidden, "ids": seam.ids, "weights": seam.weights}
+        return replace(
+            state, **{name: _set_rows(getattr(state, name), first, _gather(rows)) for name, rows in found.items()}
+        ), cache
+
+    def _sort(self, state: Pass) -> tuple[Pass, SortedRoutes, Array]:
+        routes = sort_routes(state.ids, state.weights, num_experts=self.config.num_experts)
+        # The ids for the caller, who keeps them; `state` is reused.
+        return replace(state, routed=jnp.zeros_like(state.routed)), routes, state.ids + 0
+
+    def _group(
+        self,
+        routed: Float32[Array, "t d"],
+        hidden: Float[Array, "t d"],
+        routes: SortedRoutes,
+        experts: Int32[Array, "1 g"],
+        first: Int32[Array, ""],
+        records: UInt8[Array, "g n"],
+        *,
+        rows: int,
+    ) -> tuple[Array, Array]:
+        chosen = group_rows(routes, experts[0], first, capacity=rows, num_tokens=hidden.shape[0])
+        routed = VARIANTS[self.stream.variant](routed, hidden, chosen, self._records.unpack(records))
+        return routed, routed[:1, 0]
+
+    def _back(
+        self, layer: Layer, state: Pass, cache: Array, batch: PrefillBatch, first: Array, *, block_len: int
+    ) -> tuple[Pass, Array]:
+        begin, own = _own_rows(first, block_len)
+        residual, hidden = _rows(state.x, begin, own), _rows(state.hidden, begin, own)
+        seam = Seam(residual, hidden, _rows(state.ids, begin, own), _rows(state.weights, begin, own))
+        routed = lax.psum_scatter(_rows(state.routed, first, block_len), AXIS, scatter_dimension=0, tiled=True)
+        x = deepseek_v3.back(seam, deepseek_v3.shared_experts(layer, hidden), routed)
+        return replace(state, x=_set_rows(state.x, first, _gather(x))), cache
+
+    def _attend(self, batch: PrefillBatch, tokens: Tokens) -> Attend[Array]:
+        return prefill_attention(self.config, self.layout, batch, tokens, gather=_gather)
+
+
+def _own_rows(first: Array, block_len: int) -> tuple[Array, int]:
+    """Of a block that begins at row `first`: where this device's share begins, and how many rows it is."""
+    own = block_len // lax.axis_size(AXIS)
+    return first + lax.axis_index(AXIS) * own, own
+
+
+def _gather(rows: Array) -> Array:
+    """All devices' rows, on each of them."""
+    return lax.all_gather(rows, AXIS, tiled=True)
+
+
+def _rows(array: Array, begin: Array, count: int) -> Array:
+    return lax.dynamic_slice_in_dim(array, begin, count)
+
+
+def _set_rows(array: Array, begin: Array, rows: Array) -> Array:
+    return lax.dynamic_update_slice_in_dim(array, rows.astype(array.dtype), begin, axis=0)
+
+
+def _here(array: Array) -> Array:
+    """The first device's copy."""
+    return array.addressable_data(0)
+
+
+def _spec(operand: Any) -> PartitionSpec:
+    sharding = getattr(operand, "sharding", None)
+    return sharding.spec if isinstance(sharding, NamedSharding) else _ALL
+
+
+def _sampled(
+    config: ModelConfig, weights: Weights, sampler: SamplerState, batch: PrefillBatch, x: Array
+) -> tuple[StepOutput, SamplerState]:
+    sampled, sampler = sample_last(weights, sampler, batch, rms_norm(x, weights.norm, config.norm_eps))
+    return StepOutput(sampled, jnp.zeros((0, *x.shape[:1], config.top_k), jnp.int32)), sampler
+
+
+def _scored(
+    config: ModelConfig, weights: Weights, sampler: SamplerState, batch: PrefillBatch, x: Array
+) -> tuple[StepOutput, SamplerState]:
+    output, sampler = _sampled(config, weights, sampler, batch, x)
+    hidden = rms_norm(x, weights.norm, config.norm_eps)
+    blocks = jax.tree.map(partial(_in_blocks, size=SCORED_ROWS), (hidden, batch.targets))
+    scores = lax.map(lambda block: report(deepseek_v3.logits(weights, block[0]), block[1]), blocks)
+    scores = jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:])[: len(x)], scores)
+    return replace(output, prompt=scores), sampler
+
+
+def _logits(
+    config: ModelConfig, weights: Weights, sampler: SamplerState, batch: PrefillBatch, x: Array
+) -> tuple[Array, SamplerState]:
+    return deepseek_v3.logits(weights, rms_norm(x, weights.norm, config.norm_eps)), sampler
+
+
+def _in_blocks(rows: Array, *, size: int) -> Array:
+    padded = jnp.pad(rows, ((0, -len(rows) % size), *(((0, 0),) * (rows.ndim - 1))))
+    return padded.reshape(-1, size, *rows.shape[1:])
+
+
+_TAILS: dict[Any, Callable[..., Any]] = {prefill: _sampled, prefill_scored: _scored, prefill_logits: _logits}
+"""What follows the last layer, by the step function that does the same in one program."""

@@ -1,0 +1,135 @@
+"""Streaming prefill against the executor that has all experts as arrays, and against itself cut otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from hmoe_jax.exec.batch import prefill_batch
+from hmoe_jax.exec.score import Scorer, load_for_scoring
+from hmoe_jax.exec.step import prefill, prefill_logits, prefill_scored
+from tests.exec.streaming import streaming
+from tests.oracle.bounds import relative_error
+from tests.tiny import random_ids, write_tiny
+
+LONG = 500
+Reference = Callable[[str], tuple[Path, np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """A model's folder, and the logits of `LONG` of its tokens by executor `graph`."""
+
+    @cache
+    def find(name: str) -> tuple[Path, np.ndarray]:
+        folder = write_tiny(tmp_path_factory.mktemp(name), name)
+        with load_for_scoring(folder, executor="graph", dtype="float32") as scorer:
+            length = min(LONG, scorer.executor.layout.max_len)
+            return folder, scorer.logits(random_ids(name, length).tolist())
+
+    return find
+
+
+def assert_close(actual: np.ndarray, expected: np.ndarray, bound: float) -> None:
+    error = np.linalg.norm(actual - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    assert error.max() <= bound
+
+
+def check(reference: Reference, name: str, *, length: int = LONG, piece: int = 0, **setting: Any) -> None:
+    folder, expected = reference(name)
+    length = min(length, len(expected))
+    with streaming(folder, **setting) as executor:
+        actual = Scorer(executor).logits(random_ids(name, length).tolist(), piece=piece)
+        bound = relative_error(executor.config, "float32", num_tokens=length)
+    assert_close(actual, expected[:length], bound)
+
+
+@pytest.mark.parametrize("name", ["deepseek", "halves", "factor"])
+def test_every_architecture_equals_the_graph_executor(reference: Reference, name: str) -> None:
+    check(reference, name)
+
+
+@pytest.mark.parametrize("length", [1, 7])
+def test_short_prompts_copy_only_the_experts_that_they_use(reference: Reference, length: int) -> None:
+    folder, expected = reference("deepseek")
+    ids = random_ids("deepseek", length).tolist()
+    with streaming(folder, group_size=1) as executor:
+        output = executor.run(prefill, prefill_batch(ids, executor.layout, size=length, pages=[1]))
+        copied = sum(span.num_bytes for span in executor.spans)
+        record_bytes = executor._records.num_bytes
+        logits = Scorer(executor).logits(ids)
+    used = sum(len(np.unique(layer)) for layer in np.asarray(output.routes))
+    moe_layers = len(output.routes)
+    guessed = 2 * moe_layers if length == 7 else 0
+    assert used <= copied // record_bytes <= used + guessed
+    assert_close(logits, expected[:length], 1e-4)
+
+
+@pytest.mark.parametrize("num_devices", [2, 3])
+def test_devices_divide_the_experts(reference: Reference, num_devices: int) -> None:
+    # 16 experts over 3 devices are 5, 5 and 6.
+    check(reference, "deepseek", num_devices=num_devices, group_size=2, block_len=24)
+
+
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_groups_of_any_size(reference: Reference, group_size: int) -> None:
+    check(reference, "halves", group_size=group_size)
+
+
+def test_the_leanest_way_to_multiply_a_group(reference: Reference) -> None:
+    check(reference, "kimi", length=150, variant="looped")
+
+
+@pytest.mark.parametrize(("piece", "block_len"), [(150, 500), (33, 32)])
+def test_passes_and_blocks_of_any_length(reference: Reference, piece: int, block_len: int) -> None:
+    check(reference, "halves", length=180, piece=piece, block_len=block_len)
+
+
+def test_scores_of_a_prompt_are_those_of_its_logits(reference: Reference) -> None:
+    folder, expected = reference("halves")
+    ids = random_ids("halves", 150).tolist()
+    with streaming(folder) as executor:
+        batch = prefill_batch(ids, executor.layout, size=160, targets=ids[1:], pages=[1, 2, 3])
+        output = executor.run(prefill_scored, batch)
+    log_probs = jax.nn.log_softmax(expected[:149], axis=-1)
+    np.testing.assert_allclose(
+        output.prompt.logprob[:149], log_probs[np.arange(149), np.array(ids[1:])], atol=1e-3
+    )
+
+
+def test_a_prompt_can_be_cancelled_after_every_quantum(reference: Reference) -> None:
+    folder, expected = reference("halves")
+    ids = random_ids("halves", 60).tolist()
+    with streaming(folder, group_size=2, block_len=32) as executor:
+        scorer = Scorer(executor)
+        whole = scorer.logits(ids)
+        batch = prefill_batch(ids, executor.layout, size=len(ids), pages=[1])
+        num_quanta = sum(1 for _ in executor.quanta(prefill_logits, batch))
+        assert num_quanta > 10
+        baseline = len(jax.live_arrays())
+        for stop in range(num_quanta):
+            quanta = executor.quanta(prefill_logits, batch)
+            for _ in range(stop + 1):
+                quantum = next(quanta)
+            assert 0 <= quantum.layer < quantum.num_layers
+            quanta.close()
+            assert len(jax.live_arrays()) <= baseline
+        np.testing.assert_array_equal(scorer.logits(ids), whole)
+    assert_close(whole, expected[:60], 1e-4)
+
+
+def test_copies_never_hold_more_than_the_plan_says(reference: Reference) -> None:
+    folder, _ = reference("deepseek")
+    with streaming(folder, group_size=2) as executor:
+        ids = random_ids("deepseek", 200).tolist()
+        quanta = executor.quanta(prefill, prefill_batch(ids, executor.layout, size=200, pages=[1, 2, 3, 4]))
+        group_bytes = 2 * executor._records.num_bytes
+        for _ in quanta:
+            held = {a.unsafe_buffer_pointer() for a in jax.live_arrays() if a.nbytes == group_bytes and a.ndim == 2}
+            assert len(held) <= executor.stream.depth
