@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from jaxtyping import Array, Int32, UInt8
 from hmoe_jax.exec.passes import StreamPlan
 from hmoe_jax.experts.records import ALIGN
 from hmoe_jax.experts.store import ExpertStore
+from hmoe_jax.perf.lanes import Recorder, Span
 
 AXIS = "ep"
 """The mesh axis over which experts are divided."""
@@ -31,20 +32,6 @@ class Group:
 
     layer: int
     experts: Int32[np.ndarray, "n g"]
-
-
-@dataclass(frozen=True)
-class Span:
-    """Something that took time: seconds of `time.perf_counter`."""
-
-    name: str
-    begin: float
-    end: float
-    num_bytes: int = 0
-
-    @property
-    def seconds(self) -> float:
-        return self.end - self.begin
 
 
 class CopyLane:
@@ -87,8 +74,8 @@ class ExpertStream:
     Never more than `depth` groups are on the devices: asking for one more waits for the computation of the oldest.
     """
 
-    def __init__(self, lanes: Sequence[CopyLane], mesh: Mesh, *, depth: int, note: Callable[[Span], None]):
-        self._lanes, self._depth, self._note = lanes, depth, note
+    def __init__(self, lanes: Sequence[CopyLane], mesh: Mesh, *, depth: int, recorder: Recorder):
+        self._lanes, self._depth, self._recorder = lanes, depth, recorder
         self._sharding = NamedSharding(mesh, PartitionSpec(AXIS))
         self._asked: deque[tuple[Group, list[Future[tuple[jax.Array, Span]]]]] = deque()
         self._computing: deque[Any] = deque()
@@ -100,16 +87,18 @@ class ExpertStream:
 
     def ask(self, group: Group) -> None:
         if len(self._asked) + len(self._computing) >= self._depth:
-            self._computing.popleft().block_until_ready()
+            with self._recorder.waiting():
+                self._computing.popleft().block_until_ready()
         copies = [lane.submit(group.layer, row) for lane, row in zip(self._lanes, group.experts, strict=True)]
         self._asked.append((group, copies))
 
     def take(self) -> tuple[Group, UInt8[Array, "e n"]]:
         """The oldest group that was asked for, when it has come: the devices' records, along the axis of experts."""
         group, copies = self._asked.popleft()
-        arrived = [copy.result() for copy in copies]
+        with self._recorder.waiting():
+            arrived = [copy.result() for copy in copies]
         for _, span in arrived:
-            self._note(span)
+            self._recorder.copied(span)
         shards = [records for records, _ in arrived]
         shape = (sum(len(shard) for shard in shards), shards[0].shape[1])
         return group, jax.make_array_from_single_device_arrays(shape, self._sharding, shards)

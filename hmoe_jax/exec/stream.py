@@ -31,7 +31,7 @@ from hmoe_jax.config import ModelConfig
 from hmoe_jax.core import record, unchecked
 from hmoe_jax.exec.backend import ExpertBackend
 from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch
-from hmoe_jax.exec.copies import AXIS, CopyLane, ExpertStream, Group, Span
+from hmoe_jax.exec.copies import AXIS, CopyLane, ExpertStream, Group
 from hmoe_jax.exec.groups import choose, guess, owned, tiles
 from hmoe_jax.exec.plan import Plan
 from hmoe_jax.exec.programs import Executor, StepFunction
@@ -49,6 +49,7 @@ from hmoe_jax.exec.step import (
 from hmoe_jax.kernels.grouped.experts import VARIANTS
 from hmoe_jax.kernels.grouped.routes import SortedRoutes, group_rows, sort_routes
 from hmoe_jax.nn.norm import rms_norm
+from hmoe_jax.perf.lanes import Recorder
 from hmoe_jax.sampling import SamplerState, report
 
 LIKELY = 0.5
@@ -88,7 +89,7 @@ _PASS = unchecked(Pass, x=_ALL, hidden=_ALL, ids=_ALL, weights=_ALL, routed=_OWN
 _BEGIN = _Form(_PASS)
 _BLOCK = _Form((_PASS, _ALL), donated=(1, 2))
 _SORT = _Form((_PASS, _ALL, _ALL), donated=(0,))
-_GROUP = _Form((_OWN, _OWN), donated=(0,))
+_GROUP = _Form(_OWN, donated=(0,))
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,10 @@ class StreamExecutor(Executor):
         assert stream is not None
         assert store is not None
         self.stream = stream
-        self.spans: list[Span] = []
+        self.recorder = Recorder()
+        """Of the last prefill."""
+        self.watches_computing = False
+        """Whether recorders time computations too, which costs a thread that waits for each."""
         self._mesh = Mesh(np.array(stream.devices), (AXIS,))
         self._records = store.record_layout
         self._lanes = [CopyLane(store, device, stream) for device in stream.devices]
@@ -142,6 +146,7 @@ class StreamExecutor(Executor):
         # Layers that differ in nothing but their numbers share programs.
         self._kinds = [str(jax.tree.map(jax.typeof, layer)) for layer in weights.layers]
         self._mirrors = self._copy_caches()
+        self._done: Array = self._state.sampler.drawn
         self._quantum_programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._tails: dict[tuple[str, int], Callable[..., Any]] = {}
 
@@ -164,7 +169,8 @@ class StreamExecutor(Executor):
         """
         prompt = self._prompt(batch)
         with ExitStack() as owned:
-            experts = ExpertStream(self._lanes, self._mesh, depth=self.stream.depth, note=self.spans.append)
+            self.recorder = owned.enter_context(Recorder(watches_computing=self.watches_computing))
+            experts = ExpertStream(self._lanes, self._mesh, depth=self.stream.depth, recorder=self.recorder)
             owned.callback(experts.close)
             self._ask(experts, deque(self._guess(0, prompt)))
             operands = (self._everywhere.embed, prompt.everywhere)
@@ -213,7 +219,8 @@ class StreamExecutor(Executor):
         self, index: int, state: Pass, routes: SortedRoutes, prompt: _Prompt, experts: ExpertStream
     ) -> Generator[Quantum, None, Pass]:
         layer, ahead = index - self.config.num_dense_layers, experts.ahead
-        counts = np.diff(np.asarray(_here(routes.offsets)))
+        with self.recorder.waiting():
+            counts = np.diff(np.asarray(_here(routes.offsets)))
         owners = owned(self.config.num_experts, len(self._lanes))
         rest = choose(layer, counts, owners, size=self.stream.group_size, ahead=ahead)
         waiting = deque([*rest, *self._guess(layer + 1, prompt)])
@@ -221,13 +228,13 @@ class StreamExecutor(Executor):
             # The next copy is asked for before this group computes: on a GPU it would wait for what began before it.
             self._ask(experts, waiting)
             group, records = experts.take()
-            done = records
+            done: Array = records
             chosen = self._divide(group.experts)
             for first, rows in tiles(counts, group, self.stream.tile_rows):
                 operands = (state.routed, state.hidden, routes, chosen, np.int32(first), records)
                 program = partial(self._group, rows=rows)
-                routed, done = self._run(_GROUP, ("group", rows, prompt.padded_len), program, *operands)
-                state = replace(state, routed=routed)
+                routed = self._run(_GROUP, ("group", rows, prompt.padded_len), program, *operands)
+                state, done = replace(state, routed=routed), self._done
             experts.computing(done)
             yield Quantum("experts", index, self.config.num_layers)
         self._ask(experts, waiting)
@@ -274,13 +281,21 @@ class StreamExecutor(Executor):
         return _Prompt(padded, everywhere, int(batch.length), block_len)
 
     def _run(self, form: _Form, key: tuple[Any, ...], function: Callable[..., Any], *operands: Any) -> Any:
-        """Runs a quantum's program on all devices; compiles it if this `key` is new."""
+        """Starts a quantum's program on all devices; compiles it if this `key` is new. `_done` is ready when it ends."""
         if key not in self._quantum_programs:
             specs = tuple(jax.tree.map(_spec, operand) for operand in operands)
-            divided = jax.shard_map(function, mesh=self._mesh, in_specs=specs, out_specs=form.outputs, check_vma=False)
+
+            def with_token(*operands: Any) -> tuple[Any, Array]:
+                outputs = function(*operands)
+                return outputs, jax.tree.leaves(outputs)[0].ravel()[:1]
+
+            outputs = (form.outputs, _ALL)
+            divided = jax.shard_map(with_token, mesh=self._mesh, in_specs=specs, out_specs=outputs, check_vma=False)
             divided.__name__ = "_".join(str(part) for part in key if "(" not in str(part))
             self._quantum_programs[key] = jax.jit(divided, donate_argnums=form.donated).lower(*operands).compile()
-        return self._quantum_programs[key](*operands)
+        result, self._done = self._quantum_programs[key](*operands)
+        self.recorder.computing(key[0], self._done)
+        return result
 
     def _replicate(self, array: Array) -> Array:
         """On every device: the first one's copy is the array itself."""
@@ -358,10 +373,9 @@ class StreamExecutor(Executor):
         records: UInt8[Array, "g n"],
         *,
         rows: int,
-    ) -> tuple[Array, Array]:
+    ) -> Array:
         chosen = group_rows(routes, experts[0], first, capacity=rows, num_tokens=hidden.shape[0])
-        routed = VARIANTS[self.stream.variant](routed, hidden, chosen, self._records.unpack(records))
-        return routed, routed[:1, 0]
+        return VARIANTS[self.stream.variant](routed, hidden, chosen, self._records.unpack(records))
 
     def _back(
         self, layer: Layer, state: Pass, cache: Array, batch: PrefillBatch, first: Array, *, block_len: int

@@ -61,7 +61,7 @@ def test_short_prompts_copy_only_the_experts_that_they_use(reference: Reference,
     ids = random_ids("deepseek", length).tolist()
     with streaming(folder, group_size=1) as executor:
         output = executor.run(prefill, prefill_batch(ids, executor.layout, size=length, pages=[1]))
-        copied = sum(span.num_bytes for span in executor.spans)
+        copied = sum(span.num_bytes for span in executor.recorder.copies)
         record_bytes = executor._records.num_bytes
         logits = Scorer(executor).logits(ids)
     used = sum(len(np.unique(layer)) for layer in np.asarray(output.routes))
@@ -98,9 +98,7 @@ def test_scores_of_a_prompt_are_those_of_its_logits(reference: Reference) -> Non
         batch = prefill_batch(ids, executor.layout, size=160, targets=ids[1:], pages=[1, 2, 3])
         output = executor.run(prefill_scored, batch)
     log_probs = jax.nn.log_softmax(expected[:149], axis=-1)
-    np.testing.assert_allclose(
-        output.prompt.logprob[:149], log_probs[np.arange(149), np.array(ids[1:])], atol=1e-3
-    )
+    np.testing.assert_allclose(output.prompt.logprob[:149], log_probs[np.arange(149), np.array(ids[1:])], atol=1e-3)
 
 
 def test_a_prompt_can_be_cancelled_after_every_quantum(reference: Reference) -> None:

@@ -18,9 +18,10 @@ SHAPE = StoreShape(num_layers=2, num_experts=3, hidden=136, ffn=24)
 def test_unpacked_records_are_the_matrices(codec: str, residency: str) -> None:
     shape = shape_for(codec, SHAPE)
     experts = Experts.random(shape, codec)
-    with ThreadPool(2) as pool, ExpertStore(
-        experts.tensors, shape=shape, codec=codec, pool=pool, residency=residency
-    ) as store:
+    with (
+        ThreadPool(2) as pool,
+        ExpertStore(experts.tensors, shape=shape, codec=codec, pool=pool, residency=residency) as store,
+    ):
         layout = store.record_layout
         assert layout.num_bytes % ALIGN == 0
         records = np.zeros((2, layout.num_bytes), np.uint8)
