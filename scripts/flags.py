@@ -14,6 +14,10 @@ MODEL = flags.DEFINE_string("model", str(EMBEDDED_MODEL), "Hugging Face model fo
 _DTYPE = flags.DEFINE_enum("dtype", "auto", ["auto", "bfloat16", "float32"], "Dtype of activations.")
 _DEVICE = flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu"], "Where attention and sampling run.")
 _EXECUTOR = flags.DEFINE_enum("executor", "auto", ["auto", "graph", "fused"], "Who computes the routed experts.")
+_PREFILL = flags.DEFINE_enum(
+    "prefill", "auto", ["auto", "step", "stream"], "Prompts: as --executor says, or with experts copied to the device."
+)
+_PREFILL_DEVICES = flags.DEFINE_integer("prefill_devices", 1, "Devices that prompts are streamed to.", lower_bound=1)
 _NUM_THREADS = flags.DEFINE_string("num_threads", "auto", "Threads of the native kernels: a number, or auto.")
 _ISA = flags.DEFINE_string(
     "isa", "auto", "Instruction set of the native kernels: amx, avx512_bf16, avx512, avx2, scalar."
@@ -30,6 +34,8 @@ def engine_options() -> dict[str, Any]:
         "dtype": _DTYPE.value,
         "device": _DEVICE.value,
         "executor": _EXECUTOR.value,
+        "prefill": _PREFILL.value,
+        "prefill_devices": _PREFILL_DEVICES.value,
         "num_threads": threads if threads == "auto" else int(threads),
         "isa": _ISA.value,
         "max_model_len": _MAX_MODEL_LEN.value,

@@ -87,16 +87,14 @@ class ExpertStream:
 
     def ask(self, group: Group) -> None:
         if len(self._asked) + len(self._computing) >= self._depth:
-            with self._recorder.waiting():
-                self._computing.popleft().block_until_ready()
+            self._computing.popleft().block_until_ready()
         copies = [lane.submit(group.layer, row) for lane, row in zip(self._lanes, group.experts, strict=True)]
         self._asked.append((group, copies))
 
     def take(self) -> tuple[Group, UInt8[Array, "e n"]]:
         """The oldest group that was asked for, when it has come: the devices' records, along the axis of experts."""
         group, copies = self._asked.popleft()
-        with self._recorder.waiting():
-            arrived = [copy.result() for copy in copies]
+        arrived = [copy.result() for copy in copies]
         for _, span in arrived:
             self._recorder.copied(span)
         shards = [records for records, _ in arrived]

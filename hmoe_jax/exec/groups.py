@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int, Int32
 
 from hmoe_jax.exec.copies import NOBODY, Group
+
+USEFUL = 0.8
+"""The part of a tile's rows that should belong to a token."""
 
 
 def owned(num_experts: int, num_devices: int) -> list[range]:
@@ -37,19 +41,36 @@ def choose(
     return _cut(layer, waiting, size)
 
 
-def tiles(counts: Int[np.ndarray, " e"], group: Group, sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """(first row, number of rows) that cover the busiest expert of a group, largest first, of the given sizes.
+@dataclass(frozen=True)
+class Tile:
+    """A part of a group's product: rows `first .. first + rows - 1` of each of these experts of the group.
 
-    `sizes` ascend by factors of two; at most an eighth of the rows, or the smallest size, is too much.
+    `slots` are places in the group, one row for each device: some of them, or all in their order; `NOBODY` for padding.
     """
-    chosen = group.experts[group.experts != NOBODY]
-    rows, first, cover = int(counts[chosen].max(initial=0)), 0, []
-    slack = max(rows // 8, sizes[0] - 1)
-    while first < rows:
-        left = rows - first
-        fitting = [size for size in sizes if size <= left + slack]
-        size = next((size for size in fitting if size >= left), fitting[-1])
-        cover.append((first, size))
+
+    first: int
+    rows: int
+    slots: Int32[np.ndarray, "n s"]
+
+
+def tiles(counts: Int[np.ndarray, " e"], group: Group, *, rows: Sequence[int], widths: Sequence[int]) -> list[Tile]:
+    """All rows of a group, in few tiles of which little is padding. `rows` and `widths` are the sizes that there are.
+
+    Experts that have no rows left fall out. Of the sizes of which enough is useful the largest is taken, and of others
+    the most useful one.
+    """
+    loads = np.where(group.experts == NOBODY, 0, counts[group.experts])
+    busiest_first = np.argsort(-loads, axis=1, kind="stable")
+    first, cover = 0, []
+    while (left := np.maximum(loads - first, 0)).any():
+        busy = int((left > 0).sum(axis=1).max())
+        width = next(width for width in widths if width >= busy)
+        useful = {size: np.minimum(left, size).sum() / (size * width * len(left)) for size in rows}
+        enough = [size for size in rows if useful[size] >= USEFUL]
+        size = enough[-1] if enough else max(rows, key=lambda size: useful[size])
+        places = busiest_first[:, :width] if width < left.shape[1] else np.indices(left.shape)[1]
+        slots = np.where(np.take_along_axis(left, places, axis=1) > 0, places, NOBODY)
+        cover.append(Tile(first, size, slots.astype(np.int32)))
         first += size
     return cover
 

@@ -11,17 +11,22 @@ from hmoe_jax.architectures.deepseek_v3_checkpoint import MATRICES, describe_exp
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.quant.formats import FORMATS
 
-DEPTH = 3
-"""Groups on a device: one is computed, one is copied, and one waits, so that neither side waits for the host."""
+MIN_DEPTH = 3
+"""Groups on a device: one is computed, one is copied, and one waits, so that neither side waits for the host.
+
+With more of them copies go on while a layer's attention is computed."""
 
 BLOCK_LEN = 1024
 """Tokens that go through attention together."""
 
-TILE_ROWS = (16, 32, 64, 128, 256, 512)
-"""Tokens of an expert that are multiplied together."""
+TILE_ROWS = (16, 8192)
+"""The least tokens of an expert, and the most tokens of all experts of a group, that are multiplied together."""
 
 MAX_GROUP = 16
 """Experts that are copied together: of DeepSeek-V3 0.7 GB, 13 ms of a fast link."""
+
+GROUPS_PER_LAYER = 8
+"""At least, if there are so many experts: beside the first copy and the last product the other side may be idle."""
 
 MIN_PASS = 512
 
@@ -38,23 +43,35 @@ class StreamPlan:
     devices: tuple[jax.Device, ...]
     group_size: int
     pass_len: int
-    depth: int = DEPTH
+    depth: int
+    tile_rows: tuple[int, ...]
     block_len: int = BLOCK_LEN
-    tile_rows: tuple[int, ...] = TILE_ROWS
     variant: str = "batched"
     link_gbps: float | None = None
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Numbers of experts of a group that programs are compiled for."""
+        narrower = itertools.takewhile(lambda width: width < self.group_size, (1, 4))
+        return (*narrower, self.group_size)
 
-def group_bytes(config: ModelConfig, group_size: int, *, depth: int = DEPTH, rows: int = TILE_ROWS[-1]) -> int:
-    """Of a device's memory that copies and the product of a group take.
 
-    The records of `depth` groups; of one the largest matrix in FP32 and as two BF16 numbers; and for `rows` tokens of
-    each expert their inputs, the two inner activations (and their product) and their outputs.
+def tile_rows(group_size: int) -> tuple[int, ...]:
+    """Powers of two."""
+    least, most = TILE_ROWS
+    return tuple(least << i for i in range((most // group_size // least).bit_length()))
+
+
+def group_bytes(config: ModelConfig, group_size: int) -> int:
+    """Of a device's memory that the product of a group takes, beside the records themselves.
+
+    The largest matrix of each expert in FP32 and as two BF16 numbers; and for the tokens of the largest tile their
+    inputs, the inner activations (gate, up, their product) and the outputs.
     """
     d, f = config.hidden_size, config.expert_ffn
     dequantised = f * d * (4 + 2 + 2)
-    activations = rows * (d * (4 + 4) + f * 4 * 3)
-    return group_size * (depth * record_bytes(config) + dequantised + activations)
+    activations = tile_rows(group_size)[-1] * (d * (4 + 4) + f * 4 * 3)
+    return group_size * (dequantised + activations)
 
 
 def token_bytes(config: ModelConfig) -> int:
@@ -81,20 +98,34 @@ def plan_stream(
     max_len: int,
     link_gbps: float | None = None,
 ) -> StreamPlan:
-    """The largest groups that a quarter of `memory_bytes` (per device) holds, then the longest passes of the rest.
+    """Groups of which a few take a quarter of `memory_bytes` (per device), the longest passes, then the deepest ring.
 
     Raises `ValueError` with the numbers if not even single experts and the shortest pass fit.
     """
-    most = -(-config.num_experts // len(devices))
-    group_size = min(MAX_GROUP, most)
-    while group_size > 1 and group_bytes(config, group_size) > memory_bytes // 4:
+    per_device = -(-config.num_experts // len(devices))
+    group_size = max(1, min(MAX_GROUP, per_device // GROUPS_PER_LAYER))
+    record = record_bytes(config)
+
+    def least_bytes(size: int) -> int:
+        return group_bytes(config, size) + MIN_DEPTH * size * record
+
+    while group_size > 1 and least_bytes(group_size) > memory_bytes // 4:
         group_size //= 2
-    left = memory_bytes - group_bytes(config, group_size)
+    left = memory_bytes - least_bytes(group_size)
     pass_len = min(left // token_bytes(config), max_len)
     if pass_len < min(MIN_PASS, max_len):
         raise ValueError(
-            f"streaming needs {group_bytes(config, group_size):,} bytes of a device's memory for groups of "
-            f"{group_size} experts and {token_bytes(config):,} for each of {min(MIN_PASS, max_len)} tokens, but "
-            f"{memory_bytes:,} bytes are left for it"
+            f"streaming needs {least_bytes(group_size):,} bytes of a device's memory for groups of {group_size} "
+            f"experts and {token_bytes(config):,} for each of {min(MIN_PASS, max_len)} tokens, but {memory_bytes:,} "
+            "bytes are left for it"
         )
-    return StreamPlan(devices=devices, group_size=group_size, pass_len=pass_len, link_gbps=link_gbps)
+    spare = (left - pass_len * token_bytes(config)) // (group_size * record)
+    depth = MIN_DEPTH + min(spare, -(-per_device // group_size))
+    return StreamPlan(
+        devices=devices,
+        group_size=group_size,
+        pass_len=pass_len,
+        depth=depth,
+        tile_rows=tile_rows(group_size),
+        link_gbps=link_gbps,
+    )

@@ -42,7 +42,11 @@ CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/
 @no_type_check  # for run-time checkers: wrong types get the same ValueError under pytest as elsewhere
 @dataclass(frozen=True)
 class EngineOptions:
-    """The user's wishes; "auto" and None leave the choice to `resolve`. Raises `ValueError` naming the option."""
+    """The user's wishes; "auto" and None leave the choice to `resolve`. Raises `ValueError` naming the option.
+
+    `prefill` "stream" copies experts to `prefill_devices` devices for prompts; "step" computes prompts as `executor`
+    does. `link_gbps` slows these copies down to a link's bandwidth, to see what streaming would do there.
+    """
 
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     max_model_len: int | None = None
@@ -53,6 +57,7 @@ class EngineOptions:
     executor: Literal["auto", "graph", "fused"] = "auto"
     prefill: Literal["auto", "step", "stream"] = "auto"
     prefill_devices: int = 1
+    link_gbps: float | None = None
     isa: str = "auto"
     kv_cache_bytes: int | None = None
 
@@ -64,6 +69,8 @@ class EngineOptions:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if self.link_gbps is not None and not self.link_gbps > 0:
+            raise ValueError(f"link_gbps must be above 0, got {self.link_gbps!r}")
         choices = {
             "dtype": ("auto", "bfloat16", "float32"),
             "device": ("auto", "cpu", "gpu"),
@@ -248,7 +255,7 @@ def _stream(
     # Devices of the CPU platform share one memory.
     shares = len(chosen) if hardware.platform == "cpu" else 1
     memory_bytes = int(hardware.memory_bytes * STREAM_SHARE) // shares
-    stream = plan_stream(config, chosen, memory_bytes=memory_bytes, max_len=layout.max_len)
+    stream = plan_stream(config, chosen, memory_bytes=memory_bytes, max_len=layout.max_len, link_gbps=options.link_gbps)
     reasons["stream"] = (
         f"passes of at most {stream.pass_len} tokens, experts in groups of {stream.group_size} on each of "
         f"{len(chosen)} device(s)"

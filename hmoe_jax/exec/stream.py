@@ -31,8 +31,8 @@ from hmoe_jax.config import ModelConfig
 from hmoe_jax.core import record, unchecked
 from hmoe_jax.exec.backend import ExpertBackend
 from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch
-from hmoe_jax.exec.copies import AXIS, CopyLane, ExpertStream, Group
-from hmoe_jax.exec.groups import choose, guess, owned, tiles
+from hmoe_jax.exec.copies import AXIS, NOBODY, CopyLane, ExpertStream, Group
+from hmoe_jax.exec.groups import Tile, choose, guess, owned, tiles
 from hmoe_jax.exec.plan import Plan
 from hmoe_jax.exec.programs import Executor, StepFunction
 from hmoe_jax.exec.step import (
@@ -52,7 +52,7 @@ from hmoe_jax.nn.norm import rms_norm
 from hmoe_jax.perf.lanes import Recorder
 from hmoe_jax.sampling import SamplerState, report
 
-LIKELY = 0.5
+LIKELY = 0.9
 """An expert is copied before its layer's router has chosen if it is at least so probable that some token chooses it."""
 
 SCORED_ROWS = 128
@@ -141,7 +141,7 @@ class StreamExecutor(Executor):
         """Whether recorders time computations too, which costs a thread that waits for each."""
         self._mesh = Mesh(np.array(stream.devices), (AXIS,))
         self._records = store.record_layout
-        self._lanes = [CopyLane(store, device, stream) for device in stream.devices]
+        self.lanes = [CopyLane(store, device, stream) for device in stream.devices]
         self._everywhere = jax.tree.map(self._replicate, weights)
         # Layers that differ in nothing but their numbers share programs.
         self._kinds = [str(jax.tree.map(jax.typeof, layer)) for layer in weights.layers]
@@ -170,7 +170,7 @@ class StreamExecutor(Executor):
         prompt = self._prompt(batch)
         with ExitStack() as owned:
             self.recorder = owned.enter_context(Recorder(watches_computing=self.watches_computing))
-            experts = ExpertStream(self._lanes, self._mesh, depth=self.stream.depth, recorder=self.recorder)
+            experts = ExpertStream(self.lanes, self._mesh, depth=self.stream.depth, recorder=self.recorder)
             owned.callback(experts.close)
             self._ask(experts, deque(self._guess(0, prompt)))
             operands = (self._everywhere.embed, prompt.everywhere)
@@ -197,7 +197,7 @@ class StreamExecutor(Executor):
         self._mirrors = self._copy_caches()
 
     def close(self) -> None:
-        for lane in self._lanes:
+        for lane in self.lanes:
             lane.close()
         for array in jax.tree.leaves((self._everywhere, self._mirrors)):
             array.delete()
@@ -219,9 +219,8 @@ class StreamExecutor(Executor):
         self, index: int, state: Pass, routes: SortedRoutes, prompt: _Prompt, experts: ExpertStream
     ) -> Generator[Quantum, None, Pass]:
         layer, ahead = index - self.config.num_dense_layers, experts.ahead
-        with self.recorder.waiting():
-            counts = np.diff(np.asarray(_here(routes.offsets)))
-        owners = owned(self.config.num_experts, len(self._lanes))
+        counts = np.diff(np.asarray(_here(routes.offsets)))
+        owners = owned(self.config.num_experts, len(self.lanes))
         rest = choose(layer, counts, owners, size=self.stream.group_size, ahead=ahead)
         waiting = deque([*rest, *self._guess(layer + 1, prompt)])
         for _ in range(len(ahead) + len(rest)):
@@ -229,16 +228,25 @@ class StreamExecutor(Executor):
             self._ask(experts, waiting)
             group, records = experts.take()
             done: Array = records
-            chosen = self._divide(group.experts)
-            for first, rows in tiles(counts, group, self.stream.tile_rows):
-                operands = (state.routed, state.hidden, routes, chosen, np.int32(first), records)
-                program = partial(self._group, rows=rows)
-                routed = self._run(_GROUP, ("group", rows, prompt.padded_len), program, *operands)
-                state, done = replace(state, routed=routed), self._done
+            for tile in tiles(counts, group, rows=self.stream.tile_rows, widths=self.stream.widths):
+                state = replace(state, routed=self._tile(tile, group, state, routes, records, prompt))
+                done = self._done
             experts.computing(done)
             yield Quantum("experts", index, self.config.num_layers)
         self._ask(experts, waiting)
         return state
+
+    def _tile(
+        self, tile: Tile, group: Group, state: Pass, routes: SortedRoutes, records: Array, prompt: _Prompt
+    ) -> Array:
+        """The sums with a tile's outputs added."""
+        slots = np.maximum(tile.slots, 0)
+        chosen = np.where(tile.slots == NOBODY, NOBODY, np.take_along_axis(group.experts, slots, axis=1))
+        key = ("group", tile.rows, slots.shape[1], prompt.padded_len)
+        program = partial(self._group, rows=tile.rows)
+        # In one array: every operand that comes from the host costs as much as the program's dispatch.
+        choice = np.stack([chosen, slots, np.full_like(slots, tile.first)], axis=1)
+        return self._run(_GROUP, key, program, state.routed, state.hidden, routes, choice, records)
 
     def _ask(self, experts: ExpertStream, waiting: deque[Group]) -> None:
         while waiting and len(experts.ahead) < self.stream.depth - 1:
@@ -250,7 +258,7 @@ class StreamExecutor(Executor):
         if layer == self.config.num_moe_layers or used < LIKELY:
             return []
         size, count = self.stream.group_size, self.stream.depth - 1
-        return guess(layer, owned(self.config.num_experts, len(self._lanes)), size=size, count=count)
+        return guess(layer, owned(self.config.num_experts, len(self.lanes)), size=size, count=count)
 
     def _finish(self, function: StepFunction, batch: PrefillBatch, x: Array, routes: list[Array]) -> Any:
         """The output of `function` from the activations after the last layer, on the first device."""
@@ -273,7 +281,7 @@ class StreamExecutor(Executor):
     def _prompt(self, batch: PrefillBatch) -> _Prompt:
         """Blocks are of equal length, which the devices divide."""
         block_len = min(self.stream.block_len, len(batch.tokens))
-        block_len = -(-block_len // len(self._lanes)) * len(self._lanes)
+        block_len = -(-block_len // len(self.lanes)) * len(self.lanes)
         missing = -len(batch.tokens) % block_len
         tokens, targets = (np.pad(each, (0, missing)) for each in (batch.tokens, batch.targets))
         padded = replace(batch, tokens=tokens, targets=targets)
@@ -281,7 +289,10 @@ class StreamExecutor(Executor):
         return _Prompt(padded, everywhere, int(batch.length), block_len)
 
     def _run(self, form: _Form, key: tuple[Any, ...], function: Callable[..., Any], *operands: Any) -> Any:
-        """Starts a quantum's program on all devices; compiles it if this `key` is new. `_done` is ready when it ends."""
+        """Starts a quantum's program on all devices; compiles it if this `key` is new.
+
+        `_done` becomes ready when it ends.
+        """
         if key not in self._quantum_programs:
             specs = tuple(jax.tree.map(_spec, operand) for operand in operands)
 
@@ -303,9 +314,6 @@ class StreamExecutor(Executor):
 
     def _join(self, copies: list[Array]) -> Array:
         return jax.make_array_from_single_device_arrays(copies[0].shape, NamedSharding(self._mesh, _ALL), copies)
-
-    def _divide(self, rows: np.ndarray) -> Array:
-        return jax.device_put(rows, NamedSharding(self._mesh, _OWN))
 
     def _copy_caches(self) -> list[list[Array]]:
         """The caches of the other devices."""
@@ -368,13 +376,16 @@ class StreamExecutor(Executor):
         routed: Float32[Array, "t d"],
         hidden: Float[Array, "t d"],
         routes: SortedRoutes,
-        experts: Int32[Array, "1 g"],
-        first: Int32[Array, ""],
-        records: UInt8[Array, "g n"],
+        choice: Int32[Array, "n 3 s"],
+        records: UInt8[Array, "g bytes"],
         *,
         rows: int,
-    ) -> Array:
-        chosen = group_rows(routes, experts[0], first, capacity=rows, num_tokens=hidden.shape[0])
+    ) -> Float32[Array, "t d"]:
+        """`choice` is, for each device, experts, their places among the records, and the first row."""
+        experts, slots, first = choice[lax.axis_index(AXIS)]
+        if len(slots) < len(records):
+            records = records[slots]
+        chosen = group_rows(routes, experts, first[0], capacity=rows, num_tokens=hidden.shape[0])
         return VARIANTS[self.stream.variant](routed, hidden, chosen, self._records.unpack(records))
 
     def _back(

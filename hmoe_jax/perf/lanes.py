@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +29,7 @@ def busy_seconds(spans: Iterable[Span]) -> float:
 
 
 class Recorder:
-    """Collects spans of both lanes, and how long the host waited for either. A context manager.
+    """Collects spans of both lanes, and how long the calling thread was busy itself. A context manager.
 
     With `watches_computing` a thread waits for every computation, to know when it ended: they run in the order in which
     they are started, so that one begins when it was started or the one before it ended.
@@ -39,7 +38,7 @@ class Recorder:
     def __init__(self, *, watches_computing: bool = False):
         self.copies: list[Span] = []
         self.computed: list[Span] = []
-        self.waited_s = 0.0
+        self.host_s = 0.0
         self.begin = self.end = time.perf_counter()
         self._watcher = ThreadPoolExecutor(1, thread_name_prefix="hmoe-watch") if watches_computing else None
 
@@ -51,14 +50,6 @@ class Recorder:
         if self._watcher is not None:
             self._watcher.submit(self._watch, name, time.perf_counter(), output)
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.waited_s += time.perf_counter() - begin
-
     @property
     def wall_s(self) -> float:
         return self.end - self.begin
@@ -69,13 +60,14 @@ class Recorder:
         return max(busy_seconds(self.copies), busy_seconds(self.computed)) / self.wall_s
 
     def __enter__(self) -> Recorder:
-        self.begin = time.perf_counter()
+        self.begin, self.host_s = time.perf_counter(), -time.thread_time()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._watcher is not None:
             self._watcher.shutdown()
         self.end = time.perf_counter()
+        self.host_s += time.thread_time()
 
     def _watch(self, name: str, started: float, output: Any) -> None:
         output.block_until_ready()
