@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from hmoe_jax.exec.batch import DecodeRow, decode_batch, prefill_batch
-from hmoe_jax.exec.programs import Executor
+from hmoe_jax.exec.programs import Executor, StepCancelledError
 from hmoe_jax.request import Request, Sequence
 from hmoe_jax.sampling import SamplerState, sampler_row
 from hmoe_jax.scheduler import Decode, Prefill, Scheduler
@@ -26,12 +26,11 @@ class ServingLoop:
 
     def __init__(self, executor: Executor):
         self._executor = executor
-        self._scheduler = Scheduler(
-            executor.layout, num_slots=executor.num_slots, prefill_len=executor.buckets.prefill[-1]
-        )
+        self._scheduler = Scheduler(executor.layout, num_slots=executor.num_slots, piece_len=executor.buckets.piece_len)
         self._requests: dict[Sequence, Request] = {}
         self._abandoned: deque[Sequence] = deque()
         self._lock = threading.Lock()
+        self._is_interrupted = False
         self._stepper = ThreadPoolExecutor(1, thread_name_prefix="hmoe-step")
         self._is_closed = False
 
@@ -86,15 +85,16 @@ class ServingLoop:
         """One step on a thread of its own: Ctrl-C reaches the caller after it, never the middle of it.
 
         A step donates the device state: cut off before the new one is stored, it would leave the executor without.
+        A long one ends early, between two of its parts.
         If the step itself fails, the state is gone: the sequences that were in it are aborted, and a new one is made.
         """
         step = self._stepper.submit(self._step)
-        interrupt = None
+        interrupt, self._is_interrupted = None, False
         while not step.done():
             try:
                 wait([step])
             except KeyboardInterrupt as error:
-                interrupt = error
+                interrupt, self._is_interrupted = error, True
         if step.exception() is not None:
             for sequence in [each for each in self._requests if each.is_admitted]:
                 self._abort(sequence)
@@ -132,7 +132,10 @@ class ServingLoop:
             slot=sequence.slot,
             pages=sequence.pages,
         )
-        output = self._executor.step(batch, scored=scored)
+        try:
+            output = self._executor.step(batch, scored=scored, is_cancelled=lambda: self._is_cancelled(sequence))
+        except StepCancelledError:
+            return  # who abandoned it drops it; else it starts again
         sequence.num_computed = end
         if scored:
             sequence.add_prompt_logprobs(jax.device_get(output.prompt), len(following))
@@ -140,6 +143,9 @@ class ServingLoop:
             sequence.add_routes(np.asarray(output.routes)[:, :length])
         if is_last:
             self._append(sequence, jax.device_get(output.sampled), 0)
+
+    def _is_cancelled(self, sequence: Sequence) -> bool:
+        return self._is_interrupted or sequence in self._abandoned
 
     def _decode(self, work: Decode) -> None:
         sequences = work.sequences

@@ -7,6 +7,7 @@ sequence never waits for memory. Prompts go before decoding, one piece at a time
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hmoe_jax.kv.pages import CacheLayout, PagePool
@@ -37,8 +38,9 @@ class Decode:
 class Scheduler:
     """Owns the queue, the slots and the pages. `next` says what to run; `release` takes back what a sequence held."""
 
-    def __init__(self, layout: CacheLayout, *, num_slots: int, prefill_len: int):
-        self._layout, self._prefill_len = layout, prefill_len
+    def __init__(self, layout: CacheLayout, *, num_slots: int, piece_len: Callable[[int], int]):
+        """`piece_len` says how many of the tokens that are left of a prompt a step takes."""
+        self._layout, self._piece_len = layout, piece_len
         self._pages = PagePool(layout.num_pages)
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._waiting: deque[Sequence] = deque()
@@ -65,7 +67,7 @@ class Scheduler:
         for sequence in self._running:
             remaining = len(sequence.prompt_ids) - sequence.num_computed
             if remaining:
-                return Prefill(sequence, sequence.num_computed, min(remaining, self._prefill_len))
+                return Prefill(sequence, sequence.num_computed, self._piece_len(remaining))
         return Decode(tuple(self._running)) if self._running else None
 
     def release(self, sequence: Sequence) -> None:

@@ -16,7 +16,7 @@ LAYOUT = CacheLayout(num_layers=1, num_pages=NUM_PAGES, page_size=4, latent_dim=
 
 
 def scheduler() -> Scheduler:
-    return Scheduler(LAYOUT, num_slots=NUM_SLOTS, prefill_len=PREFILL_LEN)
+    return Scheduler(LAYOUT, num_slots=NUM_SLOTS, piece_len=lambda remaining: min(remaining, PREFILL_LEN))
 
 
 def sequence(prompt_len: int, max_tokens: int | None = 5) -> Sequence:

@@ -9,18 +9,27 @@ from dataclasses import dataclass
 class Buckets:
     """Shapes that programs are compiled for, ascending: tokens of a prefill, sequences of a decode step.
 
-    Scored prefills (they need logits of every token) have one size, as they are rare.
+    Scored prefills (they need logits of every token) have one size, as they are rare. With `balances_prefill` a prompt
+    that needs several prefills is cut evenly: where each costs the same, however long it is.
     """
 
     prefill: tuple[int, ...]
     decode: tuple[int, ...]
     scored: int
+    balances_prefill: bool = False
 
     def __post_init__(self) -> None:
         for name in ("prefill", "decode"):
             sizes = getattr(self, name)
             if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
                 raise ValueError(f"{name} buckets must be ascending and positive, got {sizes}")
+
+    def piece_len(self, remaining: int) -> int:
+        """How many of the `remaining` tokens of a prompt the next prefill takes."""
+        most = self.prefill[-1]
+        if not self.balances_prefill:
+            return min(remaining, most)
+        return -(-remaining // -(-remaining // most))
 
     def for_prefill(self, num_tokens: int) -> int:
         """The smallest bucket that holds them, or the largest one."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.exec.buckets import Buckets
-from hmoe_jax.exec.passes import StreamPlan, plan_stream
+from hmoe_jax.exec.passes import MIN_PASS, StreamPlan, plan_stream
 from hmoe_jax.kernels.pool import available_isas, resolve_num_threads
 from hmoe_jax.kv.pages import CacheLayout
 from hmoe_jax.perf.sizes import count_parameters
@@ -268,14 +268,17 @@ def _buckets(options: EngineOptions, layout: CacheLayout, stream: StreamPlan | N
     longest = min(stream.pass_len, layout.max_len) if stream is not None else layout.max_len
     default = longest if stream is not None else PREFILL_LEN
     limit = min(options.max_prefill_tokens or default, longest)
-    prefill = _geometric(SMALLEST_PREFILL, limit)
     decode = _geometric(1, options.max_num_seqs)
+    if stream is not None:  # only buffers are padded, so that few sizes do
+        prefill = _geometric(MIN_PASS, limit, factor=8)
+        return Buckets(prefill=prefill, decode=decode, scored=prefill[-1], balances_prefill=True)
+    prefill = _geometric(SMALLEST_PREFILL, limit)
     return Buckets(prefill=prefill, decode=decode, scored=prefill[min(1, len(prefill) - 1)])
 
 
-def _geometric(first: int, limit: int) -> tuple[int, ...]:
+def _geometric(first: int, limit: int, *, factor: int = 4) -> tuple[int, ...]:
     sizes = []
     while first < limit:
         sizes.append(first)
-        first *= 4
+        first *= factor
     return (*sizes, limit)

@@ -20,6 +20,10 @@ from hmoe_jax.sampling import SamplerState, empty_row, empty_state, set_row
 StepFunction = Callable[[StepModel, DeviceState, Any], tuple[Any, DeviceState]]
 
 
+class StepCancelledError(Exception):
+    """A step ended early because it was asked to. The executor goes on as if it had not been started."""
+
+
 class Executor:
     """Runs steps of one model on its own device state. `step` is the one way to run it; not thread-safe."""
 
@@ -44,8 +48,17 @@ class Executor:
             self._admit = jax.jit(set_row, donate_argnums=0).lower(self._state.sampler, slot, row).compile()
         self._programs: dict[tuple[str, int], Callable[..., Any]] = {}
 
-    def step(self, batch: PrefillBatch | DecodeBatch, *, scored: bool = False) -> StepOutput:
-        """Runs a batch whose size is one of the buckets. `scored` asks for a prompt's log-probabilities."""
+    def step(
+        self,
+        batch: PrefillBatch | DecodeBatch,
+        *,
+        scored: bool = False,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> StepOutput:
+        """Runs a batch whose size is one of the buckets. `scored` asks for a prompt's log-probabilities.
+
+        A prefill in several parts asks `is_cancelled` between them, and raises `StepCancelledError` where it stops.
+        """
         function = decode if isinstance(batch, DecodeBatch) else prefill_scored if scored else prefill
         return self.run(function, batch)
 

@@ -11,9 +11,10 @@ divided for everything else. `x` and the caches are the same on all devices.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Generator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -34,7 +35,7 @@ from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch
 from hmoe_jax.exec.copies import AXIS, NOBODY, CopyLane, ExpertStream, Group
 from hmoe_jax.exec.groups import Tile, choose, guess, owned, tiles
 from hmoe_jax.exec.plan import Plan
-from hmoe_jax.exec.programs import Executor, StepFunction
+from hmoe_jax.exec.programs import Executor, StepCancelledError, StepFunction
 from hmoe_jax.exec.step import (
     DeviceState,
     StepOutput,
@@ -150,16 +151,23 @@ class StreamExecutor(Executor):
         self._quantum_programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._tails: dict[tuple[str, int], Callable[..., Any]] = {}
 
+    def step(
+        self,
+        batch: PrefillBatch | DecodeBatch,
+        *,
+        scored: bool = False,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> StepOutput:
+        """As `Executor.step`, and a prompt's quanta one after the other, until it `is_cancelled`."""
+        if isinstance(batch, DecodeBatch):
+            return super().step(batch)
+        return self._drive(self.quanta(prefill_scored if scored else prefill, batch), is_cancelled)
+
     def run(self, function: StepFunction, batch: PrefillBatch | DecodeBatch) -> Any:
         """As `Executor.run`; a prompt's quanta one after the other."""
         if isinstance(batch, DecodeBatch):
             return super().run(function, batch)
-        quanta = self.quanta(function, batch)
-        while True:
-            try:
-                next(quanta)
-            except StopIteration as end:
-                return end.value
+        return self._drive(self.quanta(function, batch))
 
     def quanta(self, function: StepFunction, batch: PrefillBatch) -> Quanta:
         """Runs a prompt, or a piece of one, in quanta; the generator's value is the output of `function`.
@@ -202,6 +210,15 @@ class StreamExecutor(Executor):
         for array in jax.tree.leaves((self._everywhere, self._mirrors)):
             array.delete()
         super().close()
+
+    def _drive(self, quanta: Quanta, is_cancelled: Callable[[], bool] = lambda: False) -> Any:
+        with closing(quanta):
+            while not is_cancelled():
+                try:
+                    next(quanta)
+                except StopIteration as end:
+                    return end.value
+        raise StepCancelledError
 
     def _over_blocks(
         self, name: str, function: Callable[..., Any], index: int, state: Pass, prompt: _Prompt
@@ -275,8 +292,22 @@ class StreamExecutor(Executor):
         return output
 
     def _warm_up_prefill(self, size: int) -> None:
+        """Runs a token of nobody's, and compiles the tiles that it did not need."""
         for function in (prefill, prefill_scored):
             self.run(function, self.empty_prefill(size))
+        prompt = self._prompt(self.empty_prefill(size))
+        operands = (self._everywhere.embed, prompt.everywhere)
+        state = self._run(_BEGIN, ("begin", prompt.padded_len), self._begin, *operands)
+        state, routes, _ = self._run(_SORT, ("sort", prompt.padded_len), self._sort, state)
+        shape = (len(self.lanes) * self.stream.group_size, self._records.num_bytes)
+        records = jax.device_put(np.zeros(shape, np.uint8), NamedSharding(self._mesh, _OWN))
+        nobody = Group(0, np.full((len(self.lanes), self.stream.group_size), NOBODY, np.int32))
+        for rows, width in itertools.product(self.stream.tile_rows, self.stream.widths):
+            if rows < 2 * prompt.padded_len:  # an expert has no more rows
+                state = replace(
+                    state,
+                    routed=self._tile(Tile(0, rows, nobody.experts[:, :width]), nobody, state, routes, records, prompt),
+                )
 
     def _prompt(self, batch: PrefillBatch) -> _Prompt:
         """Blocks are of equal length, which the devices divide."""
@@ -289,10 +320,15 @@ class StreamExecutor(Executor):
         return _Prompt(padded, everywhere, int(batch.length), block_len)
 
     def _run(self, form: _Form, key: tuple[Any, ...], function: Callable[..., Any], *operands: Any) -> Any:
-        """Starts a quantum's program on all devices; compiles it if this `key` is new.
+        """Starts a quantum's program on all devices. `_done` becomes ready when it ends."""
+        result, self._done = self._compiled(form, key, function, *operands)(*operands)
+        self.recorder.computing(key[0], self._done)
+        return result
 
-        `_done` becomes ready when it ends.
-        """
+    def _compiled(
+        self, form: _Form, key: tuple[Any, ...], function: Callable[..., Any], *operands: Any
+    ) -> Callable[..., Any]:
+        """A quantum's program for such operands, compiled if this `key` is new."""
         if key not in self._quantum_programs:
             specs = tuple(jax.tree.map(_spec, operand) for operand in operands)
 
@@ -304,9 +340,7 @@ class StreamExecutor(Executor):
             divided = jax.shard_map(with_token, mesh=self._mesh, in_specs=specs, out_specs=outputs, check_vma=False)
             divided.__name__ = "_".join(str(part) for part in key if "(" not in str(part))
             self._quantum_programs[key] = jax.jit(divided, donate_argnums=form.donated).lower(*operands).compile()
-        result, self._done = self._quantum_programs[key](*operands)
-        self.recorder.computing(key[0], self._done)
-        return result
+        return self._quantum_programs[key]
 
     def _replicate(self, array: Array) -> Array:
         """On every device: the first one's copy is the array itself."""

@@ -202,7 +202,7 @@ def test_sizes_are_positive_integers(name: str, value: object) -> None:
         EngineOptions(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["max_num_seqs", "max_prefill_tokens"])
+@pytest.mark.parametrize("name", ["max_num_seqs", "prefill_devices"])
 def test_only_optional_sizes_may_be_none(name: str) -> None:
     assert EngineOptions(max_model_len=None, kv_cache_bytes=None) == EngineOptions()
     with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got None"):

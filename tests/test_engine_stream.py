@@ -1,0 +1,114 @@
+"""The engine with streaming prefill, in BF16, beside the one that computes prompts in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hmoe_jax.engine import Engine
+from hmoe_jax.exec.stream import Quantum, StreamExecutor
+from tests.serving import assert_idle, greedy
+from tests.tiny import random_ids, write_tiny
+
+MODEL = "deepseek"
+OPTIONS = {"max_num_seqs": 2, "max_model_len": 400, "compilation_cache": None, "use_tqdm": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("stream"), MODEL, with_tokenizer=True)
+
+
+@pytest.fixture(scope="module")
+def streamed(folder: Path) -> Iterator[Engine]:
+    with Engine(folder, prefill="stream", prefill_devices=2, **OPTIONS) as engine:
+        yield engine
+        assert_idle(engine)
+
+
+def ids(length: int, seed: int = 0) -> list[int]:
+    return random_ids(MODEL, length, seed=seed).tolist()
+
+
+def test_decoding_continues_a_streamed_prompt(folder: Path, streamed: Engine, compilations: list[str]) -> None:
+    """Same tokens as executor `fused`, until two of them are nearly as probable (within BF16's roundings)."""
+    num_compiled = len(compilations)
+    prompts, params = [ids(300), ids(9, seed=1), ids(61, seed=2)], greedy(12, logprobs=2)
+    actual = streamed.generate(prompts, params, use_tqdm=False)
+    assert compilations[num_compiled:] == []
+    with Engine(folder, warm_up=False, **OPTIONS) as fused:
+        expected = fused.generate(prompts, params, use_tqdm=False)
+    same = 0
+    for a, b in zip(actual, expected, strict=True):
+        for step, (x, y) in enumerate(zip(a.outputs[0].token_ids, b.outputs[0].token_ids, strict=True)):
+            if x != y:
+                best, second = sorted((each.logprob for each in b.outputs[0].logprobs[step].values()), reverse=True)[:2]
+                assert best - second < 0.1
+                break
+            same += 1
+    assert same >= 12
+
+
+def test_prompts_of_several_passes_are_cut_evenly(folder: Path) -> None:
+    with Engine(folder, prefill="stream", max_prefill_tokens=100, warm_up=False, **OPTIONS) as engine:
+        assert engine.plan.buckets.prefill == (100,)
+        (output,) = engine.generate(
+            [ids(250)], greedy(2, prompt_logprobs=0, return_routed_experts=True), use_tqdm=False
+        )
+        assert len(output.prompt_logprobs) == 250
+        assert output.outputs[0].routed_experts.shape[0] == 251
+
+
+def test_closing_a_stream_of_text_cancels_its_prompt_between_two_quanta(
+    streamed: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor, seen = streamed._executor, []
+    assert isinstance(executor, StreamExecutor)
+    quanta = executor.quanta
+
+    def watched(*args: object) -> Iterator[Quantum]:
+        inner = quanta(*args)
+        try:
+            while True:
+                seen.append(next(inner))
+                if len(seen) == 5:
+                    streamed._loop._abandoned.extend(streamed._loop._requests)  # as another thread's `close` does
+                yield seen[-1]
+        except StopIteration as end:
+            return end.value
+        finally:
+            inner.close()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, "quanta", watched)
+        (cancelled,) = streamed.generate([ids(200)], greedy(4), use_tqdm=False)
+    assert cancelled.outputs[0].finish_reason == "abort"
+    assert len(seen) == 5
+    assert_idle(streamed)
+    (output,) = streamed.generate([ids(200)], greedy(4), use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 4
+
+
+def test_what_cannot_be_streamed_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="prefill 'stream' needs executor 'fused'"):
+        Engine(folder, prefill="stream", executor="graph", **OPTIONS)
+    with pytest.raises(ValueError, match="prefill_devices 9: 'cpu' has 4 devices"):
+        Engine(folder, prefill="stream", prefill_devices=9, **OPTIONS)
+    with pytest.raises(ValueError, match="prefill_devices 2 needs prefill 'stream'"):
+        Engine(folder, prefill_devices=2, **OPTIONS)
+    with pytest.raises(ValueError, match="link_gbps must be above 0, got 0"):
+        Engine(folder, prefill="stream", link_gbps=0, **OPTIONS)
+    with pytest.raises(ValueError, match="prefill must be one of auto, step, stream, got 'slp'"):
+        Engine(folder, prefill="slp", **OPTIONS)
+
+
+def test_routes_are_those_of_the_other_executor(folder: Path, streamed: Engine) -> None:
+    params = greedy(1, return_routed_experts=True)
+    (a,) = streamed.generate([ids(40)], params, use_tqdm=False)
+    with Engine(folder, warm_up=False, **OPTIONS) as fused:
+        (b,) = fused.generate([ids(40)], params, use_tqdm=False)
+    same = np.sort(a.outputs[0].routed_experts) == np.sort(b.outputs[0].routed_experts)
+    assert same.mean() > 0.95  # but for near ties
