@@ -16,6 +16,9 @@ MIN_DEPTH = 3
 
 With more of them copies go on while a layer's attention is computed."""
 
+CHUNK_LEN = 256
+"""Positions of the context that attention looks at together: 300 KB of latents, which stay in the L2 cache."""
+
 BLOCK_LEN = 1024
 """Tokens that go through attention together."""
 
@@ -74,6 +77,17 @@ def group_bytes(config: ModelConfig, group_size: int) -> int:
     return group_size * (dequantised + activations)
 
 
+def block_bytes(config: ModelConfig, block_len: int = BLOCK_LEN) -> int:
+    """Of a device's memory that `front`, `back` or a dense layer takes for a block of tokens.
+
+    Queries, keys and values of all heads in FP32 and BF16; scores of a chunk of the context, twice in FP32 and once in
+    BF16; the inner activations of an MLP; and the residual, its norm and its update.
+    """
+    attention = config.num_heads * ((config.qk_dim + config.v_dim) * (4 + 2) + CHUNK_LEN * (4 + 4 + 2))
+    inner = max(config.dense_ffn, config.num_shared_experts * config.expert_ffn) * (4 * 3 + 2)
+    return block_len * (attention + inner + config.hidden_size * 4 * 4)
+
+
 def token_bytes(config: ModelConfig) -> int:
     """Of a device's memory for each token of a pass: `x` and `hidden` in BF16, the sums in FP32, the routes."""
     return config.hidden_size * (2 + 2 + 4) + config.top_k * 4 * 6
@@ -106,13 +120,18 @@ def plan_stream(
     group_size = max(1, min(MAX_GROUP, per_device // GROUPS_PER_LAYER))
     record = record_bytes(config)
 
+    block_len = min(BLOCK_LEN, max_len)
+
     def least_bytes(size: int) -> int:
-        return group_bytes(config, size) + MIN_DEPTH * size * record
+        """Beside the tokens of a pass. Blocks and groups are computed in turn."""
+        return max(group_bytes(config, size), block_bytes(config, block_len)) + MIN_DEPTH * size * record
 
     while group_size > 1 and least_bytes(group_size) > memory_bytes // 4:
         group_size //= 2
     left = memory_bytes - least_bytes(group_size)
     pass_len = min(left // token_bytes(config), max_len)
+    if pass_len > block_len:
+        pass_len = min(pass_len // block_len * block_len, max_len)
     if pass_len < min(MIN_PASS, max_len):
         raise ValueError(
             f"streaming needs {least_bytes(group_size):,} bytes of a device's memory for groups of {group_size} "
@@ -126,6 +145,7 @@ def plan_stream(
         group_size=group_size,
         pass_len=pass_len,
         depth=depth,
+        block_len=block_len,
         tile_rows=tile_rows(group_size),
         link_gbps=link_gbps,
     )

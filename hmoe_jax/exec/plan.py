@@ -13,16 +13,13 @@ import jax.numpy as jnp
 
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.exec.buckets import Buckets
-from hmoe_jax.exec.passes import MIN_PASS, StreamPlan, plan_stream
+from hmoe_jax.exec.passes import CHUNK_LEN, MIN_PASS, StreamPlan, plan_stream
 from hmoe_jax.kernels.pool import available_isas, resolve_num_threads
 from hmoe_jax.kv.pages import CacheLayout
 from hmoe_jax.perf.sizes import count_parameters
 
 PAGE_SIZE = 64
 """Tokens in a page of the cache."""
-
-CHUNK_LEN = 256
-"""Positions that one step of the loop over the context takes: 300 KB of latents, which stay in the L2 cache."""
 
 PREFILL_LEN = 512
 """Tokens of a prompt that one step takes by default, where experts are computed in place."""

@@ -339,7 +339,9 @@ class StreamExecutor(Executor):
             outputs = (form.outputs, _ALL)
             divided = jax.shard_map(with_token, mesh=self._mesh, in_specs=specs, out_specs=outputs, check_vma=False)
             divided.__name__ = "_".join(str(part) for part in key if "(" not in str(part))
-            self._quantum_programs[key] = jax.jit(divided, donate_argnums=form.donated).lower(*operands).compile()
+            self._quantum_programs[key] = (
+                jax.jit(divided, donate_argnums=form.donated, keep_unused=True).lower(*operands).compile()
+            )
         return self._quantum_programs[key]
 
     def _replicate(self, array: Array) -> Array:
