@@ -104,6 +104,9 @@ void BindThreadPool(nb::module_& m) {
 }
 
 void BindExpertStore(nb::module_& m) {
+  nb::class_<PyMappedGuard>(m, "MappedGuard")
+      .def(nb::init<PyBytes>(), "memory"_a.noconvert())
+      .def_prop_ro("was_hit", &PyMappedGuard::was_hit);
   const auto init = [](PyExpertStore* self, const PyThreadPool& pool, std::string_view codec,
                        int64_t num_layers, int64_t num_experts, int64_t hidden, int64_t ffn,
                        std::string_view residency) {

@@ -109,6 +109,7 @@ class ServingLoop:
             self._prefill(work)
         elif isinstance(work, Decode):
             self._decode(work)
+        self._executor.check_intact()
 
     def _prefill(self, work: Prefill) -> None:
         sequence, request = work.sequence, self._requests[work.sequence]

@@ -112,3 +112,16 @@ def test_routes_are_those_of_the_other_executor(folder: Path, streamed: Engine) 
         (b,) = fused.generate([ids(40)], params, use_tqdm=False)
     same = np.sort(a.outputs[0].routed_experts) == np.sort(b.outputs[0].routed_experts)
     assert same.mean() > 0.95  # but for near ties
+
+
+@pytest.mark.parametrize("prefill", ["step", "stream"])
+def test_a_checkpoint_that_is_cut_off_while_it_is_mapped_is_an_error(tmp_path: Path, prefill: str) -> None:
+    folder = write_tiny(tmp_path / "model", MODEL, num_shards=3)
+    options = {**OPTIONS, "skip_tokenizer_init": True, "warm_up": False}
+    with Engine(folder, prefill=prefill, **options) as engine:
+        (before,) = engine.generate([ids(20)], greedy(3), use_tqdm=False)
+        assert len(before.outputs[0].token_ids) == 3
+        with (folder / "model-00002-of-00003.safetensors").open("r+b") as file:
+            file.truncate(4096)
+        with pytest.raises(Exception, match="was cut off while it was mapped"):
+            engine.generate([ids(20)], greedy(3), use_tqdm=False)

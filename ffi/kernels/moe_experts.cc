@@ -226,7 +226,7 @@ Status MoeExperts(ExpertStore& store, int64_t layer, const uint16_t* hidden, con
   call.Run(hidden);
   const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
   store.CountCall(call.num_experts_read(), elapsed.count());
-  return {};
+  return store.CheckIntact();
 }
 
 }  // namespace hmoe

@@ -24,6 +24,18 @@ using PyBytes =
 using PyIds = nanobind::ndarray<const int32_t, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>;
 using PyRecords = nanobind::ndarray<uint8_t, nanobind::ndim<2>, nanobind::c_contig, nanobind::device::cpu>;
 
+// Guards an array's memory, and keeps the array.
+class PyMappedGuard {
+ public:
+  explicit PyMappedGuard(PyBytes memory)
+      : memory_(std::move(memory)), guard_(std::span(memory_.data(), memory_.size())) {}
+  bool was_hit() const { return guard_.was_hit(); }
+
+ private:
+  PyBytes memory_;
+  MappedGuard guard_;  // goes first
+};
+
 class PyExpertStore {
  public:
   PyExpertStore(const PyThreadPool& pool, std::string_view codec, const StoreShape& shape,

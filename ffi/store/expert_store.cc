@@ -1,5 +1,6 @@
 #include "store/expert_store.h"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -10,6 +11,10 @@ constexpr const char* kMatrixNames[kNumMatrices] = {"gate", "up", "down"};
 
 std::string Place(int64_t layer, int64_t expert, MatrixName name) {
   return Text("layer ", layer, ", expert ", expert, ", ", kMatrixNames[static_cast<int>(name)]);
+}
+
+Error CutOff() {
+  return Fail("a file that holds experts was cut off while it was mapped: their weights are gone");
 }
 
 }  // namespace
@@ -61,16 +66,43 @@ Status ExpertStore::OpenArena() {
   return {};
 }
 
+// Neighbours in a file share a guard: there are tens of thousands of matrices, and few runs of them.
+void ExpertStore::GuardWeights() {
+  std::ranges::sort(sources_, {}, [](const auto& part) { return part.data(); });
+  std::span<const uint8_t> run = sources_.front();
+  for (const auto& part : sources_) {
+    const ptrdiff_t gap = part.data() - (run.data() + run.size());
+    if (gap > kRecordAlign) {
+      guards_.emplace_back(run);
+      run = part;
+    } else if (gap + std::ssize(part) > 0) {
+      run = {run.data(), part.data() + part.size()};
+    }
+  }
+  guards_.emplace_back(run);
+  sources_ = {};
+}
+
+Status ExpertStore::CheckIntact() const {
+  if (MappedGuardHits() == 0) return {};
+  for (const MappedGuard& guard : guards_) {
+    if (guard.was_hit()) return CutOff();
+  }
+  return {};
+}
+
 Status ExpertStore::MoveToArena(Matrix& matrix, std::span<const uint8_t> weights,
                                 std::span<const uint8_t> scales) {
+  const MappedGuard weights_guard(weights), scales_guard(scales);
   const auto copied = arena_->Copy(weights);
   if (!copied.ok()) return copied.error();
   matrix.weights = copied.value();
-  if (scales.empty()) return {};
-  const auto copied_scales = arena_->Copy(scales);
-  if (!copied_scales.ok()) return copied_scales.error();
-  matrix.scales = copied_scales.value();
-  return {};
+  if (!scales.empty()) {
+    const auto copied_scales = arena_->Copy(scales);
+    if (!copied_scales.ok()) return copied_scales.error();
+    matrix.scales = copied_scales.value();
+  }
+  return weights_guard.was_hit() || scales_guard.was_hit() ? CutOff() : Status();
 }
 
 std::optional<std::string> ExpertStore::placement_refusal() const {
@@ -103,6 +135,9 @@ Status ExpertStore::Add(int64_t layer, int64_t expert, MatrixName name, std::spa
   if (held.weights != nullptr) return Fail(Place(layer, expert, name), ": was added before");
   if (arena_) {
     if (Status moved = MoveToArena(matrix.value(), weights, scales); !moved.ok()) return moved;
+  } else {
+    sources_.push_back(weights);
+    if (!scales.empty()) sources_.push_back(scales);
   }
   held = matrix.value();
   added_bytes_ += std::ssize(weights) + std::ssize(scales);
@@ -130,6 +165,7 @@ Status ExpertStore::Freeze() {
     return Fail("the expert store is incomplete: ", missing, " of ",
                 shape_.layers * shape_.experts * kNumMatrices, " matrices are missing, the first is ", first);
   }
+  if (residency_ == Residency::kMmap) GuardWeights();
   state_ = State::kFrozen;
   return {};
 }
@@ -143,7 +179,8 @@ Result<int64_t> ExpertStore::RecordBytes() const {
   return bytes;
 }
 
-Status ExpertStore::CopyRecords(int64_t layer, std::span<const int32_t> experts, std::span<uint8_t> out) const {
+Status ExpertStore::CopyRecords(int64_t layer, std::span<const int32_t> experts,
+                                std::span<uint8_t> out) const {
   const auto reading = Read();
   if (!reading.ok()) return reading.error();
   const auto record_bytes = RecordBytes();
@@ -167,7 +204,7 @@ Status ExpertStore::CopyRecords(int64_t layer, std::span<const int32_t> experts,
       copy(matrix.scales, part_bytes_[name][1]);
     }
   }
-  return {};
+  return CheckIntact();
 }
 
 void ExpertStore::Close(Error error) {
@@ -175,6 +212,7 @@ void ExpertStore::Close(Error error) {
   state_ = State::kClosed;
   closed_ = std::move(error);
   experts_.clear();
+  guards_.clear();
   arena_.reset();
 }
 

@@ -17,6 +17,7 @@
 #include "codec/codec.h"
 #include "kernels/compute.h"
 #include "kernels/matrix.h"
+#include "machine/mapped_guard.h"
 #include "store/arena.h"
 
 namespace hmoe {
@@ -86,6 +87,9 @@ class ExpertStore {
   using Reading = std::shared_lock<std::shared_mutex>;
   Result<Reading> Read() const;
 
+  // Fails if a file behind the weights was cut off since it was mapped: then what was read may be zeros.
+  Status CheckIntact() const;
+
   const ExpertWeights& Expert(int64_t layer, int64_t expert) const {  // while reading
     return experts_[static_cast<size_t>(layer * shape_.experts + expert)];
   }
@@ -109,6 +113,7 @@ class ExpertStore {
               Residency residency);
   Status OpenArena();
   Status CheckPlace(int64_t layer, int64_t expert) const;
+  void GuardWeights();
   Status MoveToArena(Matrix& matrix, std::span<const uint8_t> weights, std::span<const uint8_t> scales);
 
   const std::shared_ptr<Compute> compute_;
@@ -118,6 +123,8 @@ class ExpertStore {
   std::optional<Arena> arena_;  // with Residency::kArena, until Close
   int64_t added_bytes_ = 0;     // of all experts, weights and scales
   std::vector<ExpertWeights> experts_;
+  std::vector<std::span<const uint8_t>> sources_;  // what lies in the caller's memory, until it is frozen
+  std::vector<MappedGuard> guards_;                // of all that, from then on
   std::array<std::array<int64_t, 2>, kNumMatrices> part_bytes_{};  // of weights and scales, as first added
   bool is_uniform_ = true;                                         // all experts have parts of those sizes
   State state_ = State::kBuilding;

@@ -1,4 +1,9 @@
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <array>
 #include <chrono>
+#include <cstdio>
 #include <future>
 
 #include "store/registry.h"
@@ -121,6 +126,40 @@ void TestAnArenaThatCannotFitIsRefusedAtOnce() {
   CHECK_CONTAINS(store.error().message, " bytes are not to be had: ");
 }
 
+// The scales of the last expert lie in a file of two pages, which then loses the second.
+void TestAFileThatIsCutOffIsAnError() {
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  std::FILE* file = std::tmpfile();
+  CHECK_EQ(ftruncate(fileno(file), static_cast<off_t>(2 * page)), 0);
+  void* memory = mmap(nullptr, 2 * page, PROT_READ, MAP_SHARED, fileno(file), 0);
+  CHECK(memory != MAP_FAILED);
+  const std::span<const uint8_t> scales(static_cast<const uint8_t*>(memory) + page, kScales.size());
+  const auto store = NewStore("fp8_block", {1, 1, 136, 8});
+  for (const MatrixName name : {MatrixName::kGate, MatrixName::kUp, MatrixName::kDown}) {
+    CHECK(store->Add(0, 0, name, kWeights, scales, ScaleType::kFloat32).ok());
+  }
+  CHECK(store->Freeze().ok());
+  std::vector<uint8_t> record(static_cast<size_t>(store->RecordBytes().value()), 1);
+  const std::array<int32_t, 1> experts = {0};
+  CHECK(store->CopyRecords(0, experts, record).ok());
+
+  CHECK_EQ(ftruncate(fileno(file), static_cast<off_t>(page)), 0);
+  for (int i = 0; i < 2; ++i) {
+    CHECK_EQ(store->CopyRecords(0, experts, record).error().message,
+             "a file that holds experts was cut off while it was mapped: their weights are gone");
+  }
+  auto compute = Compute::Create(2, "scalar").value();
+  const auto copying =
+      ExpertStore::Create(compute, FindCodec("fp8_block").value(), {1, 1, 136, 8}, Residency::kArena).value();
+  CHECK_EQ(ftruncate(fileno(file), 0), 0);
+  const std::span<const uint8_t> first(static_cast<const uint8_t*>(memory), kScales.size());
+  CHECK_CONTAINS(copying->Add(0, 0, MatrixName::kGate, kWeights, first, ScaleType::kFloat32).error().message,
+                 "was cut off while it was mapped");
+  store->Close(Fail("closed for the test"));
+  munmap(memory, 2 * page);
+  std::fclose(file);
+}
+
 void TestResidenciesByName() {
   CHECK(FindResidency("auto", 1).value() == Residency::kMmap);
   CHECK(FindResidency("auto", 2).value() == Residency::kArena);
@@ -161,6 +200,7 @@ int main() {
   hmoe::TestCloseWaitsForReaders();
   hmoe::TestAnArenaKeepsACopy();
   hmoe::TestAnArenaThatCannotFitIsRefusedAtOnce();
+  hmoe::TestAFileThatIsCutOffIsAnError();
   hmoe::TestResidenciesByName();
   hmoe::TestSizesAreChecked();
   hmoe::TestIdsAreNotReused();

@@ -59,6 +59,11 @@ class Checkpoint:
         """Bytes of all tensors, without headers."""
         return sum(entry.num_bytes for entry in self.entries.values())
 
+    @property
+    def mappings(self) -> dict[Path, np.ndarray]:
+        """All bytes of each file, as views of their mappings."""
+        return {file.path: file.mapping for file in self._files}
+
     def file_of(self, name: str) -> Path:
         """The file that holds the tensor; `entries[name].begin` counts from its start."""
         return self._owner(name).path

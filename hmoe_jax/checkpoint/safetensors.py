@@ -19,8 +19,8 @@ from hmoe_jax.core import CheckpointError
 class SafetensorsFile:
     """Owns the read-only mapping of one file; `entries` and `metadata` are its checked header.
 
-    Raises `CheckpointError` if the file cannot be opened or is not exactly the format. The file must not be
-    shortened while it is mapped: reading a page that is gone ends the process (SIGBUS).
+    Raises `CheckpointError` if the file cannot be opened or is not exactly the format. If the file is shortened while
+    it is mapped, reading a page that is gone ends the process (SIGBUS), unless somebody guards the `mapping`.
     """
 
     def __init__(self, path: str | Path):
@@ -30,18 +30,24 @@ class SafetensorsFile:
         self.entries, self.metadata = header.entries, header.metadata
         self._content: mmap.mmap | None = content
 
+    @property
+    def mapping(self) -> np.ndarray:
+        """All bytes of the file."""
+        if self._content is None:
+            raise ValueError(f"{self.path} is closed: take arrays before leaving its `with` block")
+        return np.frombuffer(self._content, np.uint8)
+
     def array(self, name: str) -> np.ndarray:
         """A read-only view of the tensor in the mapped file: nothing is copied.
 
         The view keeps the mapping alive, also after `close`. It may be unaligned (`flags.aligned`), since the
         format promises no alignment. A BOOL tensor is read at once: bytes other than 0 and 1 are an error.
         """
-        if self._content is None:
-            raise ValueError(f"{self.path} is closed: take arrays before leaving its `with` block")
+        mapping = self.mapping
         if name not in self.entries:
             raise CheckpointError("no such tensor", file=str(self.path), tensor=name)
         entry = self.entries[name]
-        data = np.frombuffer(self._content, np.uint8)[entry.begin : entry.end]
+        data = mapping[entry.begin : entry.end]
         if entry.dtype == "BOOL":
             _check_bools(entry, data, file=str(self.path))
         return data.view(NUMPY_DTYPES[entry.dtype]).reshape(entry.shape)

@@ -14,6 +14,7 @@ from hmoe_jax.checkpoint.index import open_checkpoint
 from hmoe_jax.checkpoint.progress import byte_progress
 from hmoe_jax.config import read_config
 from hmoe_jax.exec import fused, graph
+from hmoe_jax.exec.guard import FileGuard
 from hmoe_jax.exec.load import bytes_to_read, check_checkpoint, load_weights
 from hmoe_jax.exec.plan import EngineOptions, Plan, find_hardware, resolve
 from hmoe_jax.exec.programs import Executor
@@ -40,6 +41,7 @@ def open_executor(
             integrity.verify(folder, on_bytes=advance)
     with ExitStack() as owned, open_checkpoint(folder) as checkpoint, jax.default_device(plan.device):
         check_checkpoint(config, checkpoint)
+        guard = FileGuard(checkpoint)
         num_bytes = bytes_to_read(config, checkpoint, maps_experts=plan.executor == "fused")
         with byte_progress(num_bytes, label="loading") as advance:
             if plan.executor == "fused":
@@ -52,8 +54,9 @@ def open_executor(
                 backend = graph.load_experts(config, checkpoint, dtype=plan.dtype, advance=advance)
                 pool_id = None
             weights = load_weights(config, checkpoint, dtype=plan.dtype, pool=pool_id, advance=advance)
+        guard.check()  # what is not mapped was read now
         kept = ExitStack()
         kind = Executor if plan.stream is None else StreamExecutor
-        executor = kind(config, weights, backend, plan=plan, on_close=kept.close)
+        executor = kind(config, weights, backend, plan=plan, guard=guard, on_close=kept.close)
         kept.push(owned.pop_all())  # only now: the executor's cache may not have fitted
     return executor, plan

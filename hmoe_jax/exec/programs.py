@@ -13,6 +13,7 @@ from hmoe_jax.architectures.deepseek_v3 import Weights
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.exec.backend import ExpertBackend
 from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch, decode_batch, prefill_batch
+from hmoe_jax.exec.guard import FileGuard
 from hmoe_jax.exec.plan import Plan
 from hmoe_jax.exec.step import DeviceState, StepModel, StepOutput, decode, prefill, prefill_scored
 from hmoe_jax.sampling import SamplerState, empty_row, empty_state, set_row
@@ -34,13 +35,14 @@ class Executor:
         backend: ExpertBackend,
         *,
         plan: Plan,
+        guard: FileGuard | None,
         on_close: Callable[[], None],
     ):
         self.config, self.layout, self.buckets = config, plan.layout, plan.buckets
         self.num_slots = plan.buckets.decode[-1]
         self.expert_stats = backend.stats
         self._weights, self._backend, self._device, self._on_close = weights, backend, plan.device, on_close
-        self._dtype = plan.dtype
+        self._dtype, self._guard = plan.dtype, guard
         with jax.default_device(self._device):
             self._empty_state = jax.jit(self._make_state).lower().compile()
             self._state = self._empty_state()
@@ -98,10 +100,16 @@ class Executor:
         """Forgets all sequences: for a step that failed, after which the donated state is gone."""
         self._state = self._empty_state()
 
+    def check_intact(self) -> None:
+        """Raises `CheckpointError` if a file that is still read was cut off: then no output can be trusted."""
+        if self._guard is not None:
+            self._guard.check()
+
     def close(self) -> None:
         """Frees the arrays at once, whoever still refers to the executor, and what its backend owns."""
         for array in jax.tree.leaves((self._weights, self._backend.operand, self._state)):
             array.delete()
+        self._guard = None
         self._on_close()
 
     def _make_state(self) -> DeviceState:

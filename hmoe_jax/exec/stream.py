@@ -34,6 +34,7 @@ from hmoe_jax.exec.backend import ExpertBackend
 from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch
 from hmoe_jax.exec.copies import AXIS, NOBODY, CopyLane, ExpertStream, Group
 from hmoe_jax.exec.groups import Tile, choose, guess, owned, tiles
+from hmoe_jax.exec.guard import FileGuard
 from hmoe_jax.exec.plan import Plan
 from hmoe_jax.exec.programs import Executor, StepCancelledError, StepFunction
 from hmoe_jax.exec.step import (
@@ -129,9 +130,10 @@ class StreamExecutor(Executor):
         backend: ExpertBackend,
         *,
         plan: Plan,
+        guard: FileGuard | None,
         on_close: Callable[[], None],
     ):
-        super().__init__(config, weights, backend, plan=plan, on_close=on_close)
+        super().__init__(config, weights, backend, plan=plan, guard=guard, on_close=on_close)
         stream, store = plan.stream, backend.store
         assert stream is not None
         assert store is not None

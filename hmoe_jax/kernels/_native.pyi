@@ -32,6 +32,13 @@ class ThreadPool:
     def num_nodes(self) -> int: ...
     def close(self) -> None: ...
 
+class MappedGuard:
+    """Reads of `memory`, a file's mapping, where the file was cut off: zeros and `was_hit`, not the process's end."""
+
+    def __init__(self, memory: np.ndarray) -> None: ...
+    @property
+    def was_hit(self) -> bool: ...
+
 class ExpertStore:
     def __init__(
         self,

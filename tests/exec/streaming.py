@@ -37,6 +37,6 @@ def streaming(
         backend = fused.load_experts(config, checkpoint, pool=pool, advance=lambda _: None)
         owned.callback(backend.close)
         weights = load_weights(config, checkpoint, dtype=plan.dtype, pool=None, advance=lambda _: None)
-        executor = StreamExecutor(config, weights, backend, plan=plan, on_close=lambda: None)
+        executor = StreamExecutor(config, weights, backend, plan=plan, guard=None, on_close=lambda: None)
         owned.callback(executor.close)
         yield executor
