@@ -332,19 +332,19 @@ class StreamExecutor(Executor):
     ) -> Callable[..., Any]:
         """A quantum's program for such operands, compiled if this `key` is new."""
         if key not in self._quantum_programs:
-            specs = tuple(jax.tree.map(_spec, operand) for operand in operands)
-
-            def with_token(*operands: Any) -> tuple[Any, Array]:
-                outputs = function(*operands)
-                return outputs, jax.tree.leaves(outputs)[0].ravel()[:1]
-
-            outputs = (form.outputs, _ALL)
-            divided = jax.shard_map(with_token, mesh=self._mesh, in_specs=specs, out_specs=outputs, check_vma=False)
-            divided.__name__ = "_".join(str(part) for part in key if "(" not in str(part))
-            self._quantum_programs[key] = (
-                jax.jit(divided, donate_argnums=form.donated, keep_unused=True).lower(*operands).compile()
-            )
+            name = "_".join(str(part) for part in key if "(" not in str(part))
+            self._quantum_programs[key] = self._traced(form, name, function, *operands).lower().compile()
         return self._quantum_programs[key]
+
+    def _traced(self, form: _Form, name: str, function: Callable[..., Any], *operands: Any) -> Any:
+        def with_token(*operands: Any) -> tuple[Any, Array]:
+            outputs = function(*operands)
+            return outputs, jax.tree.leaves(outputs)[0].ravel()[:1]
+
+        specs, outputs = tuple(jax.tree.map(_spec, operand) for operand in operands), (form.outputs, _ALL)
+        divided = jax.shard_map(with_token, mesh=self._mesh, in_specs=specs, out_specs=outputs, check_vma=False)
+        divided.__name__ = name
+        return jax.jit(divided, donate_argnums=form.donated, keep_unused=True).trace(*operands)
 
     def _replicate(self, array: Array) -> Array:
         """On every device: the first one's copy is the array itself."""

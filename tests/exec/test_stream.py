@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 from hmoe_jax.exec.batch import prefill_batch
+from hmoe_jax.exec.open import open_executor
+from hmoe_jax.exec.plan import EngineOptions
 from hmoe_jax.exec.score import Scorer, load_for_scoring
 from hmoe_jax.exec.step import prefill, prefill_logits, prefill_scored
+from hmoe_jax.exec.stream import StreamExecutor
 from tests.exec.streaming import streaming
 from tests.oracle.bounds import relative_error
 from tests.tiny import random_ids, write_tiny
@@ -129,3 +132,32 @@ def test_copies_never_hold_more_than_the_plan_says(reference: Reference) -> None
         for _ in quanta:
             held = {a.unsafe_buffer_pointer() for a in jax.live_arrays() if a.nbytes == group_bytes and a.ndim == 2}
             assert len(held) <= executor.stream.depth
+
+
+def test_two_gpus_get_collectives_and_no_cpu_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a served (BF16) model's programs lower to for `cuda`, from a machine without one."""
+    folder = write_tiny(tmp_path / "deepseek", "deepseek")
+    lowered: dict[str, str] = {}
+
+    def traced(self: StreamExecutor, form: Any, name: str, *rest: Any) -> Any:
+        program = trace(self, form, name, *rest)
+        lowered[name.split("_", maxsplit=1)[0]] = program.lower(lowering_platforms=("cuda",)).as_text()
+        return program
+
+    trace = StreamExecutor._traced
+    monkeypatch.setattr(StreamExecutor, "_traced", traced)
+    wishes = EngineOptions(prefill="stream", prefill_devices=2, max_num_seqs=1, max_model_len=100)
+    executor, _ = open_executor(folder, wishes)
+    try:
+        executor.run(prefill, prefill_batch([5] * 40, executor.layout, size=40, pages=[1]))
+    finally:
+        executor.close()
+    assert set(lowered) == {"begin", "dense", "front", "sort", "group", "back"}
+    assert all("hmoe_" not in text and "mhlo.num_partitions = 2" in text for text in lowered.values())
+    for name in ("dense", "front", "back"):
+        assert "stablehlo.all_gather" in lowered[name]
+    assert lowered["back"].count("stablehlo.reduce_scatter") == 1  # the one sum over the devices of a layer
+    for name in ("sort", "group"):  # each for itself
+        assert "all_gather" not in lowered[name]
+        assert "reduce_scatter" not in lowered[name]
+    assert "f8E4M3FN" in lowered["group"]  # decoded inside the program
