@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +74,8 @@ class ExpertStream:
     Never more than `depth` groups are on the devices: asking for one more waits for the computation of the oldest.
     """
 
-    def __init__(self, lanes: Sequence[CopyLane], mesh: Mesh, *, depth: int, recorder: Recorder):
+    def __init__(self, lanes: Mapping[int, CopyLane], mesh: Mesh, *, depth: int, recorder: Recorder):
+        """`lanes` are those of this process's devices, by their places in the mesh."""
         self._lanes, self._depth, self._recorder = lanes, depth, recorder
         self._sharding = NamedSharding(mesh, PartitionSpec(AXIS))
         self._asked: deque[tuple[Group, list[Future[tuple[jax.Array, Span]]]]] = deque()
@@ -88,7 +89,7 @@ class ExpertStream:
     def ask(self, group: Group) -> None:
         if len(self._asked) + len(self._computing) >= self._depth:
             self._computing.popleft().block_until_ready()
-        copies = [lane.submit(group.layer, row) for lane, row in zip(self._lanes, group.experts, strict=True)]
+        copies = [lane.submit(group.layer, group.experts[place]) for place, lane in self._lanes.items()]
         self._asked.append((group, copies))
 
     def take(self) -> tuple[Group, UInt8[Array, "e n"]]:
@@ -98,7 +99,7 @@ class ExpertStream:
         for _, span in arrived:
             self._recorder.copied(span)
         shards = [records for records, _ in arrived]
-        shape = (sum(len(shard) for shard in shards), shards[0].shape[1])
+        shape = (group.experts.size, shards[0].shape[1])
         return group, jax.make_array_from_single_device_arrays(shape, self._sharding, shards)
 
     def computing(self, output: jax.Array) -> None:

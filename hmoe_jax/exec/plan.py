@@ -122,7 +122,7 @@ class Plan:
 def find_hardware(device: Literal["auto", "cpu", "gpu"]) -> Hardware:
     """The named device, or JAX's default one. Raises `ValueError` if there is none of that kind."""
     try:
-        found = jax.devices()[0] if device == "auto" else jax.devices(device)[0]
+        found = jax.local_devices(backend=None if device == "auto" else device)[0]
     except RuntimeError as error:
         raise ValueError(f"device {device!r} is not available: {error}") from None
     stats = found.memory_stats() if found.platform != "cpu" else None
@@ -247,8 +247,9 @@ def _stream(
     devices = jax.devices(hardware.platform)
     if options.prefill_devices > len(devices):
         raise ValueError(f"prefill_devices {options.prefill_devices}: {hardware.platform!r} has {len(devices)} devices")
-    others = [device for device in devices if device != hardware.device]
-    chosen = (hardware.device, *others[: options.prefill_devices - 1])
+    chosen = tuple(devices[: options.prefill_devices])
+    if hardware.device not in chosen:
+        raise ValueError(f"prefill_devices {options.prefill_devices}: none of them is process {jax.process_index()}'s")
     # Devices of the CPU platform share one memory.
     shares = len(chosen) if hardware.platform == "cpu" else 1
     memory_bytes = int(hardware.memory_bytes * STREAM_SHARE) // shares

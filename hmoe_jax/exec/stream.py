@@ -144,7 +144,11 @@ class StreamExecutor(Executor):
         """Whether recorders time computations too, which costs a thread that waits for each."""
         self._mesh = Mesh(np.array(stream.devices), (AXIS,))
         self._records = store.record_layout
-        self.lanes = [CopyLane(store, device, stream) for device in stream.devices]
+        self._num_devices = len(stream.devices)
+        # With several processes (`jax.distributed`) each runs the same quanta on devices of its own.
+        self._local = [i for i, device in enumerate(stream.devices) if device.process_index == jax.process_index()]
+        self._others = [stream.devices[i] for i in self._local if stream.devices[i] != plan.device]
+        self.lanes = [CopyLane(store, stream.devices[i], stream) for i in self._local]
         self._everywhere = jax.tree.map(self._replicate, weights)
         # Layers that differ in nothing but their numbers share programs.
         self._kinds = [str(jax.tree.map(jax.typeof, layer)) for layer in weights.layers]
@@ -180,7 +184,8 @@ class StreamExecutor(Executor):
         prompt = self._prompt(batch)
         with ExitStack() as owned:
             self.recorder = owned.enter_context(Recorder(watches_computing=self.watches_computing))
-            experts = ExpertStream(self.lanes, self._mesh, depth=self.stream.depth, recorder=self.recorder)
+            lanes = dict(zip(self._local, self.lanes, strict=True))
+            experts = ExpertStream(lanes, self._mesh, depth=self.stream.depth, recorder=self.recorder)
             owned.callback(experts.close)
             self._ask(experts, deque(self._guess(0, prompt)))
             operands = (self._everywhere.embed, prompt.everywhere)
@@ -239,7 +244,7 @@ class StreamExecutor(Executor):
     ) -> Generator[Quantum, None, Pass]:
         layer, ahead = index - self.config.num_dense_layers, experts.ahead
         counts = np.diff(np.asarray(_here(routes.offsets)))
-        owners = owned(self.config.num_experts, len(self.lanes))
+        owners = owned(self.config.num_experts, self._num_devices)
         rest = choose(layer, counts, owners, size=self.stream.group_size, ahead=ahead)
         waiting = deque([*rest, *self._guess(layer + 1, prompt)])
         for _ in range(len(ahead) + len(rest)):
@@ -277,7 +282,7 @@ class StreamExecutor(Executor):
         if layer == self.config.num_moe_layers or used < LIKELY:
             return []
         size, count = self.stream.group_size, self.stream.depth - 1
-        return guess(layer, owned(self.config.num_experts, len(self.lanes)), size=size, count=count)
+        return guess(layer, owned(self.config.num_experts, self._num_devices), size=size, count=count)
 
     def _finish(self, function: StepFunction, batch: PrefillBatch, x: Array, routes: list[Array]) -> Any:
         """The output of `function` from the activations after the last layer, on the first device."""
@@ -301,9 +306,9 @@ class StreamExecutor(Executor):
         operands = (self._everywhere.embed, prompt.everywhere)
         state = self._run(_BEGIN, ("begin", prompt.padded_len), self._begin, *operands)
         state, routes, _ = self._run(_SORT, ("sort", prompt.padded_len), self._sort, state)
-        shape = (len(self.lanes) * self.stream.group_size, self._records.num_bytes)
+        shape = (self._num_devices * self.stream.group_size, self._records.num_bytes)
         records = jax.device_put(np.zeros(shape, np.uint8), NamedSharding(self._mesh, _OWN))
-        nobody = Group(0, np.full((len(self.lanes), self.stream.group_size), NOBODY, np.int32))
+        nobody = Group(0, np.full((self._num_devices, self.stream.group_size), NOBODY, np.int32))
         for rows, width in itertools.product(self.stream.tile_rows, self.stream.widths):
             if rows < 2 * prompt.padded_len:  # an expert has no more rows
                 state = replace(
@@ -314,7 +319,7 @@ class StreamExecutor(Executor):
     def _prompt(self, batch: PrefillBatch) -> _Prompt:
         """Blocks are of equal length, which the devices divide."""
         block_len = min(self.stream.block_len, len(batch.tokens))
-        block_len = -(-block_len // len(self.lanes)) * len(self.lanes)
+        block_len = -(-block_len // self._num_devices) * self._num_devices
         missing = -len(batch.tokens) % block_len
         tokens, targets = (np.pad(each, (0, missing)) for each in (batch.tokens, batch.targets))
         padded = replace(batch, tokens=tokens, targets=targets)
@@ -347,23 +352,22 @@ class StreamExecutor(Executor):
         return jax.jit(divided, donate_argnums=form.donated, keep_unused=True).trace(*operands)
 
     def _replicate(self, array: Array) -> Array:
-        """On every device: the first one's copy is the array itself."""
-        return self._join([array, *(jax.device_put(array, device) for device in self.stream.devices[1:])])
+        """On every device: this process's first one keeps the array itself."""
+        return self._join([array, *(jax.device_put(array, device) for device in self._others)])
 
     def _join(self, copies: list[Array]) -> Array:
         return jax.make_array_from_single_device_arrays(copies[0].shape, NamedSharding(self._mesh, _ALL), copies)
 
     def _copy_caches(self) -> list[list[Array]]:
         """The caches of the other devices."""
-        others = self.stream.devices[1:]
-        return [[jax.device_put(cache, device) for device in others] for cache in self._state.caches]
+        return [[jax.device_put(cache, device) for device in self._others] for cache in self._state.caches]
 
     def _cache(self, index: int) -> Array:
         return self._join([self._state.caches[index], *self._mirrors[index]])
 
     def _set_cache(self, index: int, cache: Array) -> None:
         shards = {shard.device: shard.data for shard in cache.addressable_shards}
-        first, *self._mirrors[index] = (shards[device] for device in self.stream.devices)
+        first, self._mirrors[index] = shards[self._device], [shards[device] for device in self._others]
         caches = self._state.caches
         self._state = DeviceState((*caches[:index], first, *caches[index + 1 :]), self._state.sampler)
 
@@ -460,7 +464,7 @@ def _set_rows(array: Array, begin: Array, rows: Array) -> Array:
 
 
 def _here(array: Array) -> Array:
-    """The first device's copy."""
+    """The copy of this process's first device."""
     return array.addressable_data(0)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -161,3 +164,23 @@ def test_two_gpus_get_collectives_and_no_cpu_kernels(tmp_path: Path, monkeypatch
         assert "all_gather" not in lowered[name]
         assert "reduce_scatter" not in lowered[name]
     assert "f8E4M3FN" in lowered["group"]  # decoded inside the program
+
+
+def test_two_processes_stream_one_prompt(tmp_path: Path) -> None:
+    """The same bits as two devices of one process: each copies half of the experts."""
+    folder = write_tiny(tmp_path / "deepseek", "deepseek")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tests.exec.two_processes", str(folder), str(port)]
+    root = Path(__file__).parents[2]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=root, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    with load_for_scoring(folder, prefill="stream", prefill_devices=2, max_model_len=200) as scorer:
+        expected = scorer.logits(random_ids("deepseek", 90).tolist())
+    for rank in range(2):
+        np.testing.assert_array_equal(np.load(tmp_path / f"{rank}.npy"), expected)
