@@ -15,7 +15,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "auto", ["auto", "bfloat16", "float32"], "Dt
 _DEVICE = flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu"], "Where attention and sampling run.")
 _EXECUTOR = flags.DEFINE_enum("executor", "auto", ["auto", "graph", "fused"], "Who computes the routed experts.")
 _PREFILL = flags.DEFINE_enum(
-    "prefill", "auto", ["auto", "step", "stream"], "Prompts: as --executor says, or with experts copied to the device."
+    "prefill_executor", "auto", ["auto", "step", "stream"], "Prompts: in place, or with experts copied to the device."
 )
 _PREFILL_DEVICES = flags.DEFINE_integer("prefill_devices", 1, "Devices that prompts are streamed to.", lower_bound=1)
 _NUM_THREADS = flags.DEFINE_string("num_threads", "auto", "Threads of the native kernels: a number, or auto.")

@@ -45,7 +45,7 @@ class CopyLane:
     def __init__(self, store: ExpertStore, device: jax.Device, plan: StreamPlan):
         self._store, self._device, self._link_gbps = store, device, plan.link_gbps
         shape = (plan.group_size, store.record_layout.num_bytes)
-        self._buffers = deque(_aligned(shape) for _ in range(plan.depth))
+        self._buffers = deque(aligned(shape) for _ in range(plan.depth))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hmoe-copy")
 
     def submit(self, layer: int, experts: Int32[np.ndarray, " g"]) -> Future[tuple[jax.Array, Span]]:
@@ -117,7 +117,7 @@ class ExpertStream:
         self._computing.clear()
 
 
-def _aligned(shape: tuple[int, int]) -> UInt8[np.ndarray, "g n"]:
+def aligned(shape: tuple[int, int]) -> UInt8[np.ndarray, "g n"]:
     """Memory that the CPU platform takes as it is. Pages are taken from the system when they are written."""
     size = int(np.prod(shape))
     memory = np.empty(size + ALIGN, np.uint8)

@@ -11,8 +11,9 @@ from jaxtyping import Int, Int32
 
 from hmoe_jax.exec.copies import NOBODY, Group
 
-USEFUL = 0.8
-"""The part of a tile's rows that should belong to a token."""
+UNPACK_ROWS = 256
+"""Unpacking an expert costs as much as multiplying so many rows: 160 on a two-core Emerald Rapids machine, 660 by the
+data sheet of an H100 (`perf.cost`)."""
 
 
 def owned(num_experts: int, num_devices: int) -> list[range]:
@@ -56,8 +57,8 @@ class Tile:
 def tiles(counts: Int[np.ndarray, " e"], group: Group, *, rows: Sequence[int], widths: Sequence[int]) -> list[Tile]:
     """All rows of a group, in few tiles of which little is padding. `rows` and `widths` are the sizes that there are.
 
-    Experts that have no rows left fall out. Of the sizes of which enough is useful the largest is taken, and of others
-    the most useful one.
+    Experts that have no rows left fall out. Every tile unpacks its experts anew: of all sizes the one is taken that
+    costs the least for each row that belongs to a token.
     """
     loads = np.where(group.experts == NOBODY, 0, counts[group.experts])
     busiest_first = np.argsort(-loads, axis=1, kind="stable")
@@ -65,9 +66,8 @@ def tiles(counts: Int[np.ndarray, " e"], group: Group, *, rows: Sequence[int], w
     while (left := np.maximum(loads - first, 0)).any():
         busy = int((left > 0).sum(axis=1).max())
         width = next(width for width in widths if width >= busy)
-        useful = {size: np.minimum(left, size).sum() / (size * width * len(left)) for size in rows}
-        enough = [size for size in rows if useful[size] >= USEFUL]
-        size = enough[-1] if enough else max(rows, key=lambda size: useful[size])
+        useful = {size: np.minimum(left, size).sum() for size in rows}
+        size = min(rows, key=lambda size: (UNPACK_ROWS + size) / useful[size])
         places = busiest_first[:, :width] if width < left.shape[1] else np.indices(left.shape)[1]
         slots = np.where(np.take_along_axis(left, places, axis=1) > 0, places, NOBODY)
         cover.append(Tile(first, size, slots.astype(np.int32)))

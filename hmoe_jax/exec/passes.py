@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import jax
 
-from hmoe_jax.architectures.deepseek_v3_checkpoint import MATRICES, describe_experts
 from hmoe_jax.config import ModelConfig
-from hmoe_jax.quant.formats import FORMATS
+from hmoe_jax.perf.cost import expert_bytes
 
 MIN_DEPTH = 3
 """Groups on a device: one is computed, one is copied, and one waits, so that neither side waits for the host.
@@ -35,22 +34,20 @@ MIN_PASS = 512
 
 
 @dataclass(frozen=True)
-class StreamPlan:
-    """The sizes of a streaming prefill, for the experts that are divided over `devices`.
+class StreamSizes:
+    """The sizes of a streaming prefill over devices that divide the experts.
 
     `group_size` experts of each device are copied together, `depth` such groups lie on it at most. A pass has at most
     `pass_len` tokens, of which `block_len` go through attention together. `tile_rows` are the numbers of tokens per
-    expert that programs are compiled for. `link_gbps` slows copies down to such a link, for tests.
+    expert that programs are compiled for.
     """
 
-    devices: tuple[jax.Device, ...]
     group_size: int
     pass_len: int
     depth: int
     tile_rows: tuple[int, ...]
     block_len: int = BLOCK_LEN
     variant: str = "batched"
-    link_gbps: float | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -59,10 +56,20 @@ class StreamPlan:
         return (*narrower, self.group_size)
 
 
+@dataclass(frozen=True)
+class StreamPlan(StreamSizes):
+    """And where: `link_gbps` slows copies down to such a link, for measurements."""
+
+    devices: tuple[jax.Device, ...] = ()
+    link_gbps: float | None = None
+
+
 def tile_rows(group_size: int) -> tuple[int, ...]:
-    """Powers of two."""
+    """Powers of two, and the middle between those that are not small."""
     least, most = TILE_ROWS
-    return tuple(least << i for i in range((most // group_size // least).bit_length()))
+    powers = [least << i for i in range((most // group_size // least).bit_length())]
+    middles = [power * 3 // 2 for power in powers[:-1] if power >= 4 * least]
+    return tuple(sorted([*powers, *middles]))
 
 
 def group_bytes(config: ModelConfig, group_size: int) -> int:
@@ -93,34 +100,14 @@ def token_bytes(config: ModelConfig) -> int:
     return config.hidden_size * (2 + 2 + 4) + config.top_k * 4 * 6
 
 
-def record_bytes(config: ModelConfig) -> int:
-    """Of one expert: weights and scales."""
-    specs = itertools.islice(describe_experts(config), len(MATRICES))
-    total = 0
-    for spec in specs:
-        rows, items = spec.projection.weight.shape
-        layout = FORMATS[spec.projection.codec]
-        total += layout.num_bytes(rows, layout.num_cols(items))
-    return total
-
-
-def plan_stream(
-    config: ModelConfig,
-    devices: tuple[jax.Device, ...],
-    *,
-    memory_bytes: int,
-    max_len: int,
-    link_gbps: float | None = None,
-) -> StreamPlan:
+def stream_sizes(config: ModelConfig, num_devices: int, *, memory_bytes: int, max_len: int) -> StreamSizes:
     """Groups of which a few take a quarter of `memory_bytes` (per device), the longest passes, then the deepest ring.
 
     Raises `ValueError` with the numbers if not even single experts and the shortest pass fit.
     """
-    per_device = -(-config.num_experts // len(devices))
+    per_device = -(-config.num_experts // num_devices)
     group_size = max(1, min(MAX_GROUP, per_device // GROUPS_PER_LAYER))
-    record = record_bytes(config)
-
-    block_len = min(BLOCK_LEN, max_len)
+    record, block_len = expert_bytes(config), min(BLOCK_LEN, max_len)
 
     def least_bytes(size: int) -> int:
         """Beside the tokens of a pass. Blocks and groups are computed in turn."""
@@ -140,12 +127,10 @@ def plan_stream(
         )
     spare = (left - pass_len * token_bytes(config)) // (group_size * record)
     depth = MIN_DEPTH + min(spare, -(-per_device // group_size))
-    return StreamPlan(
-        devices=devices,
+    return StreamSizes(
         group_size=group_size,
         pass_len=pass_len,
         depth=depth,
         block_len=block_len,
         tile_rows=tile_rows(group_size),
-        link_gbps=link_gbps,
     )

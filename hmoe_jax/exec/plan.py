@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.exec.buckets import Buckets
-from hmoe_jax.exec.passes import CHUNK_LEN, MIN_PASS, StreamPlan, plan_stream
+from hmoe_jax.exec.passes import CHUNK_LEN, MIN_PASS, StreamPlan, stream_sizes
 from hmoe_jax.kernels.pool import available_isas, resolve_num_threads
 from hmoe_jax.kv.pages import CacheLayout
 from hmoe_jax.perf.sizes import count_parameters
@@ -253,7 +253,8 @@ def _stream(
     # Devices of the CPU platform share one memory.
     shares = len(chosen) if hardware.platform == "cpu" else 1
     memory_bytes = int(hardware.memory_bytes * STREAM_SHARE) // shares
-    stream = plan_stream(config, chosen, memory_bytes=memory_bytes, max_len=layout.max_len, link_gbps=options.link_gbps)
+    sizes = stream_sizes(config, len(chosen), memory_bytes=memory_bytes, max_len=layout.max_len)
+    stream = StreamPlan(**vars(sizes), devices=chosen, link_gbps=options.link_gbps)
     reasons["stream"] = (
         f"passes of at most {stream.pass_len} tokens, experts in groups of {stream.group_size} on each of "
         f"{len(chosen)} device(s)"

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from hmoe_jax.exec.copies import NOBODY, Group
 from hmoe_jax.exec.groups import Tile, choose, guess, owned, tiles
+from hmoe_jax.exec.passes import tile_rows
 
 
 def experts_of(groups: list[Group]) -> list[int]:
@@ -50,7 +51,7 @@ def test_the_busiest_are_grouped_together() -> None:
     assert {group.layer for group in groups} == {3}
 
 
-ROWS, WIDTHS = (16, 32, 64, 128, 256, 512), (1, 4, 6)
+ROWS, WIDTHS = tile_rows(16), (1, 4, 6)
 
 
 def padded_rows(cover: list[Tile]) -> int:
@@ -90,7 +91,7 @@ def test_padding_is_a_small_part_of_skewed_routing(exponent: float) -> None:
     by_number = guess(0, owned(256, 1), size=16, count=16)
     shuffled = np.random.default_rng(1).permutation(counts)
     total = sum(padded_rows(tiles(shuffled, group, rows=ROWS, widths=widths)) for group in by_number)
-    assert total <= 1.6 * counts.sum()
+    assert total <= 2 * counts.sum()
 
 
 def test_a_group_of_nobody_needs_no_tiles() -> None:

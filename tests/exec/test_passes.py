@@ -6,7 +6,6 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import pytest
 
 from hmoe_jax.config import parse_config, read_config
@@ -15,25 +14,21 @@ from hmoe_jax.exec.passes import (
     MIN_DEPTH,
     block_bytes,
     group_bytes,
-    plan_stream,
-    record_bytes,
+    stream_sizes,
     tile_rows,
     token_bytes,
 )
 from hmoe_jax.exec.plan import EngineOptions
 from hmoe_jax.exec.stream import StreamExecutor
+from hmoe_jax.perf.cost import expert_bytes
 from tests.tiny import CONFIGS, write_tiny
 
 DEEPSEEK_V3 = read_config(Path(__file__).parents[2] / "models" / "deepseek-v3")
 GIB = 2**30
 
 
-def devices(count: int) -> tuple[jax.Device, ...]:
-    return tuple(jax.devices()[:count])
-
-
 def test_deepseek_v3_on_a_large_device_keeps_most_of_a_layer_ahead() -> None:
-    plan = plan_stream(DEEPSEEK_V3, devices(1), memory_bytes=40 * GIB, max_len=32768)
+    plan = stream_sizes(DEEPSEEK_V3, 1, memory_bytes=40 * GIB, max_len=32768)
     assert (plan.group_size, plan.pass_len) == (16, 32768)
     assert plan.depth >= 16
     assert plan.widths == (1, 4, 16)
@@ -41,14 +36,14 @@ def test_deepseek_v3_on_a_large_device_keeps_most_of_a_layer_ahead() -> None:
 
 def test_smaller_devices_get_smaller_groups_then_shorter_passes() -> None:
     sizes = [40, 20, 12, 8, 6]
-    plans = [plan_stream(DEEPSEEK_V3, devices(1), memory_bytes=size * GIB, max_len=163840) for size in sizes]
+    plans = [stream_sizes(DEEPSEEK_V3, 1, memory_bytes=size * GIB, max_len=163840) for size in sizes]
     for name in ("group_size", "pass_len"):
         values = [getattr(plan, name) for plan in plans]
         assert values == sorted(values, reverse=True)
     assert plans[-1].group_size < plans[0].group_size
     for plan, size in zip(plans, sizes, strict=True):
         work = max(group_bytes(DEEPSEEK_V3, plan.group_size), block_bytes(DEEPSEEK_V3, plan.block_len))
-        records = plan.depth * plan.group_size * record_bytes(DEEPSEEK_V3)
+        records = plan.depth * plan.group_size * expert_bytes(DEEPSEEK_V3)
         assert work + records + plan.pass_len * token_bytes(DEEPSEEK_V3) <= size * GIB
 
 
@@ -56,13 +51,13 @@ def test_too_little_memory_is_refused_with_the_numbers() -> None:
     with pytest.raises(
         ValueError, match=r"streaming needs [\d,]+ bytes .* groups of 1 experts and 57,\d+ for each of 512"
     ):
-        plan_stream(DEEPSEEK_V3, devices(1), memory_bytes=GIB, max_len=4096)
+        stream_sizes(DEEPSEEK_V3, 1, memory_bytes=GIB, max_len=4096)
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 3, 4])
 def test_a_layer_has_several_groups(num_devices: int) -> None:
     config = parse_config(CONFIGS["deepseek"])
-    plan = plan_stream(config, devices(num_devices), memory_bytes=GIB, max_len=500)
+    plan = stream_sizes(config, num_devices, memory_bytes=GIB, max_len=500)
     assert plan.group_size * num_devices * 4 <= config.num_experts
     assert plan.depth >= MIN_DEPTH
 
@@ -72,7 +67,7 @@ def test_tiles_of_smaller_groups_are_longer(group_size: int) -> None:
     rows = tile_rows(group_size)
     assert rows[0] == 16
     assert rows[-1] * group_size == 8192
-    assert all(b == 2 * a for a, b in itertools.pairwise(rows))
+    assert all(1 < b / a <= 2 for a, b in itertools.pairwise(rows))
 
 
 def test_programs_keep_to_the_bytes_that_the_plan_counts(tmp_path: Path) -> None:
@@ -98,6 +93,6 @@ def test_programs_keep_to_the_bytes_that_the_plan_counts(tmp_path: Path) -> None
         ids = size * config.top_k * 4
         of_routes = sort.output_size_in_bytes - sort.alias_size_in_bytes + sort.temp_size_in_bytes - ids
         assert begin.output_size_in_bytes + of_routes <= size * token_bytes(config) + 4096  # offsets of experts
-        assert executor._records.num_bytes <= record_bytes(config) + 6 * 64
+        assert executor._records.num_bytes <= expert_bytes(config) + 6 * 64
     finally:
         executor.close()

@@ -1,0 +1,39 @@
+"""Measures this machine's rates for the model of costs, in about a minute, and keeps them for `plan.py --gpu=measured`.
+
+Each rate is that of the code that serves, at DeepSeek-V3's widths: the expert kernels from memory, copies of records to
+the device, dense projections, a group of experts, attention of a block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from absl import flags
+from mains import print_json, run_main
+from planning.machines import save_rates
+from planning.measure import measure_rates
+
+_THREADS = flags.DEFINE_string("num_threads", "auto", "Threads of the native kernels: a number, or auto.")
+_EXPERTS = flags.DEFINE_integer("experts", 32, "Experts to read: more than the caches hold.", lower_bound=8)
+_SECONDS = flags.DEFINE_float("seconds", 4.0, "How long each rate is measured.", lower_bound=0.1)
+
+
+def main() -> None:
+    threads = _THREADS.value
+    if threads != "auto" and not threads.isdecimal():
+        raise ValueError(f"--num_threads must be a number or auto, got {threads!r}")
+    rates = measure_rates(
+        jax.local_devices()[0],
+        num_threads=threads if threads == "auto" else int(threads),
+        num_experts=_EXPERTS.value,
+        seconds=_SECONDS.value,
+    )
+    for name, value in dataclasses.asdict(rates).items():
+        print(f"{name:<18}{value:>12.4g}" if isinstance(value, float) else f"{name:<18}{value:>12}")
+    print(f"\nwritten to {save_rates(rates)}")
+    print_json(dataclasses.asdict(rates))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,115 @@
+"""What a model needs and should reach on a machine that one may not have: memory, prefill, decode, and their limits.
+
+`--gpu` takes its figures from data sheets: what is printed then is what physics allows, not what programs reach. With
+`--gpu=measured` the rates are this machine's own, as `calibrate.py` measured them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from absl import flags
+from mains import print_json, run_main
+from planning import paper
+from planning.machines import GPUS, load_rates, sheet_rates
+
+from hmoe_jax.config import ModelConfig, read_config
+from hmoe_jax.exec.passes import StreamSizes, stream_sizes
+from hmoe_jax.perf.cost import (
+    DecodeCost,
+    PrefillCost,
+    Rates,
+    decode_cost,
+    expert_bytes,
+    prefill_cost,
+    resident_bytes,
+)
+from hmoe_jax.perf.sizes import cache_bytes_per_token
+
+MODELS = Path(__file__).resolve().parents[1] / "models"
+
+_MODEL = flags.DEFINE_string("model", "deepseek-v3", "A name in models/, or a Hugging Face model folder.")
+_GPU = flags.DEFINE_enum("gpu", paper.GPU, [*GPUS, "measured"], "The accelerator, or this machine.")
+_NUM_GPUS = flags.DEFINE_integer("num_gpus", 1, "How many of them share a prompt.", lower_bound=1)
+_DRAM = flags.DEFINE_float("dram_gbps", 460.0, "Host memory's read bandwidth, all sockets.", lower_bound=0.001)
+_LINK = flags.DEFINE_float("link_gbps", None, "Host memory to one device; default the GPU's.", lower_bound=0.001)
+_LENGTHS = flags.DEFINE_multi_integer("length", [512, 2048, 8192, 16384, 32768], "Prompt lengths.", lower_bound=1)
+_BATCHES = flags.DEFINE_multi_integer("batch", [1, 4, 16], "Sequences that decode together.", lower_bound=1)
+_CONTEXT = flags.DEFINE_integer("context", 4096, "Tokens that a decode step looks back at.", lower_bound=1)
+
+
+def main() -> None:
+    named = MODELS / _MODEL.value
+    config = read_config(named if named.is_dir() else Path(_MODEL.value))
+    rates = _rates()
+    memory_bytes = _device_bytes()
+    cache = max(_LENGTHS.value) * cache_bytes_per_token(config, itemsize=2)
+    left = memory_bytes - resident_bytes(config) - cache
+    sizes = stream_sizes(config, rates.num_devices, memory_bytes=max(left, 0), max_len=max(_LENGTHS.value))
+    print(_memory(config, memory_bytes, cache, sizes))
+    shape = {"pass_len": sizes.pass_len, "ahead_experts": (sizes.depth - 1) * sizes.group_size * rates.num_devices}
+    prefills = [prefill_cost(config, rates, length, **shape) for length in _LENGTHS.value]
+    decodes = [decode_cost(config, rates, batch=batch, context=_CONTEXT.value) for batch in _BATCHES.value]
+    print(f"\n{_prefill_table(prefills)}")
+    print(f"\nDecode at {_CONTEXT.value:,} tokens of context, the two sides in turn:\n\n{_decode_table(decodes)}")
+    if _MODEL.value == "deepseek-v3" and _GPU.value == paper.GPU:
+        print(f"\n{paper.compare(config, rates, **shape)}")
+    print_json(
+        {
+            "rates": asdict(rates),
+            "sizes": asdict(sizes),
+            "prefill": [asdict(each) for each in prefills],
+            "decode": [asdict(each) for each in decodes],
+        }
+    )
+
+
+def _rates() -> Rates:
+    if _GPU.value == "measured":
+        return load_rates()
+    return sheet_rates(_GPU.value, num_gpus=_NUM_GPUS.value, dram_gbps=_DRAM.value, link_gbps=_LINK.value)
+
+
+def _device_bytes() -> int:
+    if _GPU.value == "measured":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(GPUS[_GPU.value].memory_gb * 1e9)
+
+
+def _memory(config: ModelConfig, memory_bytes: int, cache: int, sizes: StreamSizes) -> str:
+    experts = config.num_moe_layers * config.num_experts * expert_bytes(config)
+    records = sizes.depth * sizes.group_size * expert_bytes(config)
+    return (
+        f"Host memory: {experts / 1e9:,.1f} GB of routed experts, as stored.\n"
+        f"Each device ({memory_bytes / 1e9:,.0f} GB): {resident_bytes(config) / 1e9:,.1f} GB of other weights, "
+        f"{cache / 1e9:,.2f} GB of cache for the longest prompt, {records / 1e9:,.1f} GB for {sizes.depth} groups of "
+        f"{sizes.group_size} experts; passes of at most {sizes.pass_len:,} tokens."
+    )
+
+
+def _prefill_table(costs: Sequence[PrefillCost]) -> str:
+    lines = ["| prompt | passes | TTFT s | tok/s | copies s | front s | experts s | limit |"]
+    lines.append("|---:|---:|---:|---:|---:|---:|---:|---|")
+    lines += [
+        f"| {each.num_tokens:,} | {each.num_passes} | {each.seconds:.2f} | {each.tok_per_s:,.0f} | {each.copy_s:.2f} "
+        f"| {each.front_s:.2f} | {each.experts_s:.2f} | {each.limit} |"
+        for each in costs
+    ]
+    return "\n".join(lines)
+
+
+def _decode_table(costs: Sequence[DecodeCost]) -> str:
+    lines = ["| batch | ms a step | tok/s | experts ms | device ms | limit |", "|---:|---:|---:|---:|---:|---|"]
+    lines += [
+        f"| {each.batch} | {each.seconds * 1e3:.1f} | {each.tok_per_s:.1f} | {each.experts_s * 1e3:.1f} "
+        f"| {each.device_s * 1e3:.1f} | {each.limit} |"
+        for each in costs
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main)
