@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 PROMPT ?= It was a cold night, and the old man
 BIN = $(VENV)/bin
 
@@ -12,7 +13,7 @@ demo: $(VENV)/installed
 	$(BIN)/python scripts/generate.py --prompt="$(PROMPT)" --max_tokens=120
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
