@@ -17,19 +17,18 @@ from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Float32, Int32, UInt8
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array
 
 from hmoe_jax.architectures import deepseek_v3
-from hmoe_jax.architectures.deepseek_v3 import Attend, Layer, Seam, Tokens, Weights
+from hmoe_jax.architectures.deepseek_v3 import Weights
 from hmoe_jax.config import ModelConfig
-from hmoe_jax.core import record, unchecked
 from hmoe_jax.exec.backend import ExpertBackend
 from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch
 from hmoe_jax.exec.copies import AXIS, NOBODY, CopyLane, ExpertStream, Group
@@ -37,19 +36,17 @@ from hmoe_jax.exec.groups import Tile, choose, guess, owned, tiles
 from hmoe_jax.exec.guard import FileGuard
 from hmoe_jax.exec.plan import Plan
 from hmoe_jax.exec.programs import Executor, StepCancelledError, StepFunction
+from hmoe_jax.exec.quanta import DIVIDED, EVERYWHERE, Pass, QuantumPrograms
 from hmoe_jax.exec.step import (
     DeviceState,
     StepOutput,
     decode,
     prefill,
-    prefill_attention,
     prefill_logits,
     prefill_scored,
-    prefill_tokens,
     sample_last,
 )
-from hmoe_jax.kernels.grouped.experts import VARIANTS
-from hmoe_jax.kernels.grouped.routes import SortedRoutes, group_rows, sort_routes
+from hmoe_jax.kernels.grouped.routes import SortedRoutes
 from hmoe_jax.nn.norm import rms_norm
 from hmoe_jax.perf.lanes import Recorder
 from hmoe_jax.sampling import SamplerState, report
@@ -59,39 +56,6 @@ LIKELY = 0.9
 
 SCORED_ROWS = 128
 """Logits of so many tokens are held at a time, for the log-probabilities of a prompt."""
-
-_ALL = PartitionSpec()
-_OWN = PartitionSpec(AXIS)
-
-
-@record
-@dataclass(frozen=True)
-class Pass:
-    """The activations of a pass. `x` is a block's residual between its `front` and its `back`.
-
-    `routed` is what each device's own experts have given so far, one device after the other.
-    """
-
-    x: Float[Array, "t d"]
-    hidden: Float[Array, "t d"]
-    ids: Int32[Array, "t k"]
-    weights: Float32[Array, "t k"]
-    routed: Float32[Array, "nt d"]
-
-
-@dataclass(frozen=True)
-class _Form:
-    """How a quantum's program is divided over the devices, and which arguments it takes over."""
-
-    outputs: Any
-    donated: tuple[int, ...] = ()
-
-
-_PASS = unchecked(Pass, x=_ALL, hidden=_ALL, ids=_ALL, weights=_ALL, routed=_OWN)
-_BEGIN = _Form(_PASS)
-_BLOCK = _Form((_PASS, _ALL), donated=(1, 2))
-_SORT = _Form((_PASS, _ALL, _ALL), donated=(0,))
-_GROUP = _Form(_OWN, donated=(0,))
 
 
 @dataclass(frozen=True)
@@ -105,16 +69,11 @@ class Quantum:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A piece of a prompt: its batch on the host, padded to whole blocks, and on all devices."""
+    """A piece of a prompt: its batch padded to whole blocks, on all devices."""
 
-    batch: PrefillBatch
     everywhere: PrefillBatch
     length: int
     block_len: int
-
-    @property
-    def padded_len(self) -> int:
-        return self.batch.tokens.shape[0]
 
 
 Quanta = Generator[Quantum, None, Any]
@@ -153,8 +112,7 @@ class StreamExecutor(Executor):
         # Layers that differ in nothing but their numbers share programs.
         self._kinds = [str(jax.tree.map(jax.typeof, layer)) for layer in weights.layers]
         self._mirrors = self._copy_caches()
-        self._done: Array = self._state.sampler.drawn
-        self._quantum_programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self.quantum_programs = QuantumPrograms(config, self.layout, self._records, self._mesh, variant=stream.variant)
         self._tails: dict[tuple[str, int], Callable[..., Any]] = {}
 
     def step(
@@ -188,18 +146,17 @@ class StreamExecutor(Executor):
             experts = ExpertStream(lanes, self._mesh, depth=self.stream.depth, recorder=self.recorder)
             owned.callback(experts.close)
             self._ask(experts, deque(self._guess(0, prompt)))
-            operands = (self._everywhere.embed, prompt.everywhere)
-            state = self._run(_BEGIN, ("begin", prompt.padded_len), self._begin, *operands)
+            state = self.quantum_programs.begin(self._everywhere.embed, prompt.everywhere)
             routes = []
             for index in range(self.config.num_layers):
                 if index < self.config.num_dense_layers:
-                    state = yield from self._over_blocks("dense", self._dense, index, state, prompt)
+                    state = yield from self._over_blocks("dense", index, state, prompt)
                     continue
-                state = yield from self._over_blocks("front", self._front, index, state, prompt)
-                state, sorted_routes, ids = self._run(_SORT, ("sort", prompt.padded_len), self._sort, state)
+                state = yield from self._over_blocks("front", index, state, prompt)
+                state, sorted_routes, ids = self.quantum_programs.sort(state)
                 routes.append(_here(ids))
                 state = yield from self._groups(index, state, sorted_routes, prompt, experts)
-                state = yield from self._over_blocks("back", self._back, index, state, prompt)
+                state = yield from self._over_blocks("back", index, state, prompt)
             return self._finish(function, batch, _here(state.x)[: len(batch.tokens)], routes)
 
     def warm_up(self) -> list[Callable[[], object]]:
@@ -228,15 +185,16 @@ class StreamExecutor(Executor):
         raise StepCancelledError
 
     def _over_blocks(
-        self, name: str, function: Callable[..., Any], index: int, state: Pass, prompt: _Prompt
+        self, name: Literal["dense", "front", "back"], index: int, state: Pass, prompt: _Prompt
     ) -> Generator[Quantum, None, Pass]:
-        layer, key = self._everywhere.layers[index], (name, self._kinds[index], prompt.padded_len)
-        program = partial(function, block_len=prompt.block_len)
+        layer, kind = self._everywhere.layers[index], self._kinds[index]
         for first in range(0, prompt.length, prompt.block_len):
-            operands = (layer, state, self._cache(index), prompt.everywhere, np.int32(first))
-            state, cache = self._run(_BLOCK, key, program, *operands)
+            operands = (layer, state, self._cache(index), prompt.everywhere)
+            state, cache = self.quantum_programs.block(
+                name, *operands, first=first, block_len=prompt.block_len, kind=kind
+            )
             self._set_cache(index, cache)
-            yield Quantum(name, index, self.config.num_layers)
+            yield self._started(name, index)
         return state
 
     def _groups(
@@ -253,24 +211,21 @@ class StreamExecutor(Executor):
             group, records = experts.take()
             done: Array = records
             for tile in tiles(counts, group, rows=self.stream.tile_rows, widths=self.stream.widths):
-                state = replace(state, routed=self._tile(tile, group, state, routes, records, prompt))
-                done = self._done
+                state = self._add_tile(tile, group, state, routes, records)
+                done = self.quantum_programs.done
             experts.computing(done)
-            yield Quantum("experts", index, self.config.num_layers)
+            yield self._started("experts", index)
         self._ask(experts, waiting)
         return state
 
-    def _tile(
-        self, tile: Tile, group: Group, state: Pass, routes: SortedRoutes, records: Array, prompt: _Prompt
-    ) -> Array:
-        """The sums with a tile's outputs added."""
-        slots = np.maximum(tile.slots, 0)
-        chosen = np.where(tile.slots == NOBODY, NOBODY, np.take_along_axis(group.experts, slots, axis=1))
-        key = ("group", tile.rows, slots.shape[1], prompt.padded_len)
-        program = partial(self._group, rows=tile.rows)
-        # In one array: every operand that comes from the host costs as much as the program's dispatch.
-        choice = np.stack([chosen, slots, np.full_like(slots, tile.first)], axis=1)
-        return self._run(_GROUP, key, program, state.routed, state.hidden, routes, choice, records)
+    def _add_tile(self, tile: Tile, group: Group, state: Pass, routes: SortedRoutes, records: Array) -> Pass:
+        places = np.maximum(tile.slots, 0)
+        experts = np.where(tile.slots == NOBODY, NOBODY, np.take_along_axis(group.experts, places, axis=1))
+        return self.quantum_programs.tile(state, routes, experts, places, records, first=tile.first, rows=tile.rows)
+
+    def _started(self, name: str, index: int) -> Quantum:
+        self.recorder.computing(name, self.quantum_programs.done)
+        return Quantum(name, index, self.config.num_layers)
 
     def _ask(self, experts: ExpertStream, waiting: deque[Group]) -> None:
         while waiting and len(experts.ahead) < self.stream.depth - 1:
@@ -299,22 +254,19 @@ class StreamExecutor(Executor):
         return output
 
     def _warm_up_prefill(self, size: int) -> None:
-        """Runs a token of nobody's, and compiles the tiles that it did not need."""
+        """Runs a token of nobody's, and the tiles that it did not need."""
         for function in (prefill, prefill_scored):
             self.run(function, self.empty_prefill(size))
         prompt = self._prompt(self.empty_prefill(size))
-        operands = (self._everywhere.embed, prompt.everywhere)
-        state = self._run(_BEGIN, ("begin", prompt.padded_len), self._begin, *operands)
-        state, routes, _ = self._run(_SORT, ("sort", prompt.padded_len), self._sort, state)
-        shape = (self._num_devices * self.stream.group_size, self._records.num_bytes)
-        records = jax.device_put(np.zeros(shape, np.uint8), NamedSharding(self._mesh, _OWN))
-        nobody = Group(0, np.full((self._num_devices, self.stream.group_size), NOBODY, np.int32))
+        state = self.quantum_programs.begin(self._everywhere.embed, prompt.everywhere)
+        state, routes, _ = self.quantum_programs.sort(state)
+        nobody = np.full((self._num_devices, self.stream.group_size), NOBODY, np.int32)
+        records = np.zeros((nobody.size, self._records.num_bytes), np.uint8)
+        on_devices = jax.device_put(records, NamedSharding(self._mesh, DIVIDED))
         for rows, width in itertools.product(self.stream.tile_rows, self.stream.widths):
-            if rows < 2 * prompt.padded_len:  # an expert has no more rows
-                state = replace(
-                    state,
-                    routed=self._tile(Tile(0, rows, nobody.experts[:, :width]), nobody, state, routes, records, prompt),
-                )
+            if rows < 2 * len(state.x):  # an expert has no more rows
+                tile = Tile(0, rows, nobody[:, :width])
+                state = self._add_tile(tile, Group(0, nobody), state, routes, on_devices)
 
     def _prompt(self, batch: PrefillBatch) -> _Prompt:
         """Blocks are of equal length, which the devices divide."""
@@ -323,40 +275,15 @@ class StreamExecutor(Executor):
         missing = -len(batch.tokens) % block_len
         tokens, targets = (np.pad(each, (0, missing)) for each in (batch.tokens, batch.targets))
         padded = replace(batch, tokens=tokens, targets=targets)
-        everywhere = jax.device_put(padded, NamedSharding(self._mesh, _ALL))
-        return _Prompt(padded, everywhere, int(batch.length), block_len)
-
-    def _run(self, form: _Form, key: tuple[Any, ...], function: Callable[..., Any], *operands: Any) -> Any:
-        """Starts a quantum's program on all devices. `_done` becomes ready when it ends."""
-        result, self._done = self._compiled(form, key, function, *operands)(*operands)
-        self.recorder.computing(key[0], self._done)
-        return result
-
-    def _compiled(
-        self, form: _Form, key: tuple[Any, ...], function: Callable[..., Any], *operands: Any
-    ) -> Callable[..., Any]:
-        """A quantum's program for such operands, compiled if this `key` is new."""
-        if key not in self._quantum_programs:
-            name = "_".join(str(part) for part in key if "(" not in str(part))
-            self._quantum_programs[key] = self._traced(form, name, function, *operands).lower().compile()
-        return self._quantum_programs[key]
-
-    def _traced(self, form: _Form, name: str, function: Callable[..., Any], *operands: Any) -> Any:
-        def with_token(*operands: Any) -> tuple[Any, Array]:
-            outputs = function(*operands)
-            return outputs, jax.tree.leaves(outputs)[0].ravel()[:1]
-
-        specs, outputs = tuple(jax.tree.map(_spec, operand) for operand in operands), (form.outputs, _ALL)
-        divided = jax.shard_map(with_token, mesh=self._mesh, in_specs=specs, out_specs=outputs, check_vma=False)
-        divided.__name__ = name
-        return jax.jit(divided, donate_argnums=form.donated, keep_unused=True).trace(*operands)
+        everywhere = jax.device_put(padded, NamedSharding(self._mesh, EVERYWHERE))
+        return _Prompt(everywhere, int(batch.length), block_len)
 
     def _replicate(self, array: Array) -> Array:
         """On every device: this process's first one keeps the array itself."""
         return self._join([array, *(jax.device_put(array, device) for device in self._others)])
 
     def _join(self, copies: list[Array]) -> Array:
-        return jax.make_array_from_single_device_arrays(copies[0].shape, NamedSharding(self._mesh, _ALL), copies)
+        return jax.make_array_from_single_device_arrays(copies[0].shape, NamedSharding(self._mesh, EVERYWHERE), copies)
 
     def _copy_caches(self) -> list[list[Array]]:
         """The caches of the other devices."""
@@ -371,106 +298,10 @@ class StreamExecutor(Executor):
         caches = self._state.caches
         self._state = DeviceState((*caches[:index], first, *caches[index + 1 :]), self._state.sampler)
 
-    # What follows is traced: the programs of the quanta.
-
-    def _begin(self, embed: Array, batch: PrefillBatch) -> Pass:
-        with jax.named_scope("embed"):
-            x = embed[batch.tokens]
-        slots = (len(x), self.config.top_k)
-        return Pass(
-            x=x,
-            hidden=jnp.zeros_like(x),
-            ids=jnp.zeros(slots, jnp.int32),
-            weights=jnp.zeros(slots, jnp.float32),
-            routed=jnp.zeros(x.shape, jnp.float32),
-        )
-
-    def _dense(
-        self, layer: Layer, state: Pass, cache: Array, batch: PrefillBatch, first: Array, *, block_len: int
-    ) -> tuple[Pass, Array]:
-        begin, own = _own_rows(first, block_len)
-        tokens = prefill_tokens(batch, begin, own)
-        x, cache = deepseek_v3.dense_layer(
-            self.config, layer, _rows(state.x, begin, own), tokens, cache, self._attend(batch, tokens)
-        )
-        return replace(state, x=_set_rows(state.x, first, _gather(x))), cache
-
-    def _front(
-        self, layer: Layer, state: Pass, cache: Array, batch: PrefillBatch, first: Array, *, block_len: int
-    ) -> tuple[Pass, Array]:
-        begin, own = _own_rows(first, block_len)
-        tokens = prefill_tokens(batch, begin, own)
-        seam, cache = deepseek_v3.front(
-            self.config, layer, _rows(state.x, begin, own), tokens, cache, self._attend(batch, tokens)
-        )
-        found = {"x": seam.residual, "hidden": seam.hidden, "ids": seam.ids, "weights": seam.weights}
-        return replace(
-            state, **{name: _set_rows(getattr(state, name), first, _gather(rows)) for name, rows in found.items()}
-        ), cache
-
-    def _sort(self, state: Pass) -> tuple[Pass, SortedRoutes, Array]:
-        routes = sort_routes(state.ids, state.weights, num_experts=self.config.num_experts)
-        # The ids for the caller, who keeps them; `state` is reused.
-        return replace(state, routed=jnp.zeros_like(state.routed)), routes, state.ids + 0
-
-    def _group(
-        self,
-        routed: Float32[Array, "t d"],
-        hidden: Float[Array, "t d"],
-        routes: SortedRoutes,
-        choice: Int32[Array, "n 3 s"],
-        records: UInt8[Array, "g bytes"],
-        *,
-        rows: int,
-    ) -> Float32[Array, "t d"]:
-        """`choice` is, for each device, experts, their places among the records, and the first row."""
-        experts, slots, first = choice[lax.axis_index(AXIS)]
-        if len(slots) < len(records):
-            records = records[slots]
-        chosen = group_rows(routes, experts, first[0], capacity=rows, num_tokens=hidden.shape[0])
-        return VARIANTS[self.stream.variant](routed, hidden, chosen, self._records.unpack(records))
-
-    def _back(
-        self, layer: Layer, state: Pass, cache: Array, batch: PrefillBatch, first: Array, *, block_len: int
-    ) -> tuple[Pass, Array]:
-        begin, own = _own_rows(first, block_len)
-        residual, hidden = _rows(state.x, begin, own), _rows(state.hidden, begin, own)
-        seam = Seam(residual, hidden, _rows(state.ids, begin, own), _rows(state.weights, begin, own))
-        routed = lax.psum_scatter(_rows(state.routed, first, block_len), AXIS, scatter_dimension=0, tiled=True)
-        x = deepseek_v3.back(seam, deepseek_v3.shared_experts(layer, hidden), routed)
-        return replace(state, x=_set_rows(state.x, first, _gather(x))), cache
-
-    def _attend(self, batch: PrefillBatch, tokens: Tokens) -> Attend[Array]:
-        return prefill_attention(self.config, self.layout, batch, tokens, gather=_gather)
-
-
-def _own_rows(first: Array, block_len: int) -> tuple[Array, int]:
-    """Of a block that begins at row `first`: where this device's share begins, and how many rows it is."""
-    own = block_len // lax.axis_size(AXIS)
-    return first + lax.axis_index(AXIS) * own, own
-
-
-def _gather(rows: Array) -> Array:
-    """All devices' rows, on each of them."""
-    return lax.all_gather(rows, AXIS, tiled=True)
-
-
-def _rows(array: Array, begin: Array, count: int) -> Array:
-    return lax.dynamic_slice_in_dim(array, begin, count)
-
-
-def _set_rows(array: Array, begin: Array, rows: Array) -> Array:
-    return lax.dynamic_update_slice_in_dim(array, rows.astype(array.dtype), begin, axis=0)
-
 
 def _here(array: Array) -> Array:
     """The copy of this process's first device."""
     return array.addressable_data(0)
-
-
-def _spec(operand: Any) -> PartitionSpec:
-    sharding = getattr(operand, "sharding", None)
-    return sharding.spec if isinstance(sharding, NamedSharding) else _ALL
 
 
 def _sampled(

@@ -14,11 +14,9 @@ from hmoe_jax.perf.picture import FAINT, INK
 from prefilling.timing import Round
 
 COLORS = {
-    "begin": "#b59ad0",
     "dense": "#6fb1a8",
     "front": "#3b6ea5",
-    "sort": "#7a5aa6",
-    "group": "#e08a3c",
+    "experts": "#e08a3c",
     "back": "#7f9cb8",
 }
 COPY = "#8d99a6"

@@ -49,7 +49,7 @@ class Round:
 
     @property
     def expert_s(self) -> float:
-        return busy_seconds(span for span in self.recorder.computed if span.name == "group")
+        return busy_seconds(span for span in self.recorder.computed if span.name == "experts")
 
     @property
     def host_share(self) -> float:

@@ -80,7 +80,7 @@ def test_programs_keep_to_the_bytes_that_the_plan_counts(tmp_path: Path) -> None
         executor.stream = replace(executor.stream, tile_rows=executor.stream.tile_rows[-2:])
         size = plan.buckets.prefill[-1]
         executor._warm_up_prefill(size)
-        config, programs = executor.config, executor._quantum_programs
+        config, programs = executor.config, executor.quantum_programs.compiled
         temporary = {key: program.memory_analysis().temp_size_in_bytes for key, program in programs.items()}
         for key, num_bytes in temporary.items():
             if key[0] in ("front", "dense", "back"):

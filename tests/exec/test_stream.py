@@ -17,9 +17,9 @@ import pytest
 from hmoe_jax.exec.batch import prefill_batch
 from hmoe_jax.exec.open import open_executor
 from hmoe_jax.exec.plan import EngineOptions
+from hmoe_jax.exec.quanta import QuantumPrograms
 from hmoe_jax.exec.score import Scorer, load_for_scoring
 from hmoe_jax.exec.step import prefill, prefill_logits, prefill_scored
-from hmoe_jax.exec.stream import StreamExecutor
 from tests.exec.streaming import streaming
 from tests.oracle.bounds import relative_error
 from tests.tiny import random_ids, write_tiny
@@ -142,13 +142,13 @@ def test_two_gpus_get_collectives_and_no_cpu_kernels(tmp_path: Path, monkeypatch
     folder = write_tiny(tmp_path / "deepseek", "deepseek")
     lowered: dict[str, str] = {}
 
-    def traced(self: StreamExecutor, form: Any, name: str, *rest: Any) -> Any:
+    def traced(self: QuantumPrograms, form: Any, name: str, *rest: Any) -> Any:
         program = trace(self, form, name, *rest)
         lowered[name.split("_", maxsplit=1)[0]] = program.lower(lowering_platforms=("cuda",)).as_text()
         return program
 
-    trace = StreamExecutor._traced
-    monkeypatch.setattr(StreamExecutor, "_traced", traced)
+    trace = QuantumPrograms._traced
+    monkeypatch.setattr(QuantumPrograms, "_traced", traced)
     wishes = EngineOptions(prefill="stream", prefill_devices=2, max_num_seqs=1, max_model_len=100)
     executor, _ = open_executor(folder, wishes)
     try:
