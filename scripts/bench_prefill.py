@@ -26,7 +26,7 @@ from hmoe_jax.kernels.pool import cpu_name
 
 _LENGTHS = flags.DEFINE_multi_integer("length", [512, 2048, 8192], "Prompt lengths.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Prefills of each length; the median one is shown.", lower_bound=1)
-_LINK = flags.DEFINE_float("link_gbps", None, "Copy no faster than this.", lower_bound=0.001)
+_LINK = flags.DEFINE_float("link_gbps", None, "Copy no faster than this.", lower_bound=1e-6)
 _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 1, "Devices that JAX's CPU platform has.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", "out/prefill", "Folder for the results; made if it is missing.")
 
@@ -56,11 +56,13 @@ def main() -> None:
         "pass_len": executor.stream.pass_len,
         "link_gbps": _LINK.value,
     }
-    _write(out, setting, report.table(rounds, limits), [report.record(each, limits) for each in rounds])
+    results = setting | {"prefill": [report.record(each, limits) for each in rounds]}
+    _write(out, setting, report.table(rounds, limits), results)
     _draw(out, rounds, setting)
+    print_json(results)
 
 
-def _write(out: Path, setting: dict[str, Any], table: str, records: list[dict[str, Any]]) -> None:
+def _write(out: Path, setting: dict[str, Any], table: str, results: dict[str, Any]) -> None:
     text = f"{', '.join(f'{name} {value}' for name, value in setting.items())}\n\n{table}\n"
     print(f"\n{text}")
     print(
@@ -69,8 +71,7 @@ def _write(out: Path, setting: dict[str, Any], table: str, records: list[dict[st
         "thread which starts everything was busy itself."
     )
     write_atomically(out / "table.md", text)
-    write_atomically(out / "results.json", json.dumps(setting | {"prefill": records}, indent=2) + "\n")
-    print_json(setting | {"prefill": records})
+    write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
 
 
 def _draw(out: Path, rounds: list[Any], setting: dict[str, Any]) -> None:

@@ -1,0 +1,86 @@
+"""The model of costs: by hand for DeepSeek-V3, and what must hold whatever the rates are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hmoe_jax.config import read_config
+from hmoe_jax.perf.cost import Rates, decode_cost, expert_bytes, prefill_cost, resident_bytes, used_share
+
+DEEPSEEK_V3 = read_config(Path(__file__).parents[2] / "models" / "deepseek-v3")
+FAST = Rates(
+    name="fast",
+    expert_gbps=400.0,
+    link_gbps=55.0,
+    device_gbps=3000.0,
+    linear_tflops=500.0,
+    grouped_tflops=250.0,
+    attention_tflops=400.0,
+    unpack_gbps=300.0,
+    dispatch_s=2e-5,
+)
+
+
+def test_sizes_are_those_of_the_published_files() -> None:
+    assert 58 * 256 * expert_bytes(DEEPSEEK_V3) == pytest.approx(654.1e9, rel=1e-3)
+    assert resident_bytes(DEEPSEEK_V3) == pytest.approx(19.1e9, rel=0.01)
+    embedding = 2 * 129280 * 7168
+    assert resident_bytes(DEEPSEEK_V3) - resident_bytes(DEEPSEEK_V3, looked_up=True) == embedding
+
+
+def test_a_middling_prompt_takes_as_long_as_its_experts_cross_the_link() -> None:
+    cost = prefill_cost(DEEPSEEK_V3, FAST, 8192, pass_len=32768, ahead_experts=240)
+    assert cost.copy_s == pytest.approx(654.1 / 55, rel=1e-3)
+    assert cost.seconds == pytest.approx(cost.copy_s)
+    assert cost.limit == "link"
+
+
+def test_a_short_prompt_copies_what_it_uses() -> None:
+    one = prefill_cost(DEEPSEEK_V3, FAST, 1, pass_len=32768)
+    assert one.copy_s == pytest.approx(58 * 8 * expert_bytes(DEEPSEEK_V3) / 55e9, rel=1e-6)
+
+
+def test_two_passes_copy_twice() -> None:
+    once = prefill_cost(DEEPSEEK_V3, FAST, 16384, pass_len=16384)
+    twice = prefill_cost(DEEPSEEK_V3, FAST, 16385, pass_len=16384)
+    assert (once.num_passes, twice.num_passes) == (1, 2)
+    assert twice.copy_s == pytest.approx(2 * once.copy_s)
+
+
+def test_decoding_reads_the_experts_that_are_chosen() -> None:
+    one = decode_cost(DEEPSEEK_V3, FAST, batch=1, context=1)
+    assert one.experts_s == pytest.approx(58 * 8 * expert_bytes(DEEPSEEK_V3) / 400e9)
+    assert one.limit == "host memory"
+    four = decode_cost(DEEPSEEK_V3, FAST, batch=4, context=1)
+    assert 3.8 < four.experts_s / one.experts_s < 4
+    assert four.tok_per_s > one.tok_per_s
+
+
+def test_shares_of_experts() -> None:
+    assert used_share(DEEPSEEK_V3, 1) == 8 / 256
+    assert used_share(DEEPSEEK_V3, 100_000) == pytest.approx(1)
+
+
+@given(
+    tokens=st.integers(1, 200_000),
+    pass_len=st.integers(512, 40_000),
+    ahead=st.integers(0, 256),
+    link=st.floats(1, 500),
+    speed=st.floats(0.01, 10),
+)
+def test_time_lies_between_the_busier_side_and_both_in_turn(
+    tokens: int, pass_len: int, ahead: int, link: float, speed: float
+) -> None:
+    rates = replace(FAST, link_gbps=link, linear_tflops=500 * speed, grouped_tflops=250 * speed)
+    cost = prefill_cost(DEEPSEEK_V3, rates, tokens, pass_len=pass_len, ahead_experts=ahead)
+    compute = cost.front_s + cost.experts_s
+    assert max(cost.copy_s, compute) * (1 - 1e-9) <= cost.seconds <= (cost.copy_s + compute) * (1 + 1e-9)
+    deeper = prefill_cost(DEEPSEEK_V3, rates, tokens, pass_len=pass_len, ahead_experts=ahead + 64)
+    assert deeper.seconds <= cost.seconds * (1 + 1e-9)
+    halves = prefill_cost(DEEPSEEK_V3, replace(rates, num_devices=2), tokens, pass_len=pass_len, ahead_experts=ahead)
+    assert halves.seconds == pytest.approx(cost.seconds / 2)
