@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from hmoe_jax.exec.plan import EngineOptions
 from hmoe_jax.exec.quanta import QuantumPrograms
 from hmoe_jax.exec.score import Scorer, load_for_scoring
 from hmoe_jax.exec.step import prefill, prefill_logits, prefill_scored
+from hmoe_jax.experts.store import ExpertStore
 from tests.exec.streaming import streaming
 from tests.oracle.bounds import relative_error
 from tests.tiny import random_ids, write_tiny
@@ -184,3 +186,26 @@ def test_two_processes_stream_one_prompt(tmp_path: Path) -> None:
         expected = scorer.logits(random_ids("deepseek", 90).tolist())
     for rank in range(2):
         np.testing.assert_array_equal(np.load(tmp_path / f"{rank}.npy"), expected)
+
+
+@pytest.mark.parametrize("failing", [0, 1, 4])
+def test_a_copy_that_fails_harms_no_later_prompt(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    folder, _ = reference("halves")
+    ids = random_ids("halves", 60).tolist()
+    with streaming(folder, group_size=2) as executor:
+        scorer = Scorer(executor)
+        whole = scorer.logits(ids)
+        copy_records, calls = ExpertStore.copy_records, itertools.count()
+
+        def copy(self: ExpertStore, *args: Any) -> None:
+            if next(calls) == failing:
+                raise ValueError("the link is down")
+            copy_records(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ExpertStore, "copy_records", copy)
+            with pytest.raises(ValueError, match="the link is down"):
+                scorer.logits(ids)
+        np.testing.assert_array_equal(scorer.logits(ids), whole)
