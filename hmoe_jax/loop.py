@@ -88,8 +88,8 @@ class ServingLoop:
         A long one ends early, between two of its parts.
         If the step itself fails, the state is gone: the sequences that were in it are aborted, and a new one is made.
         """
-        step = self._stepper.submit(self._step)
         interrupt, self._is_interrupted = None, False
+        step = self._stepper.submit(self._step)
         while not step.done():
             try:
                 wait([step])
@@ -99,6 +99,8 @@ class ServingLoop:
             for sequence in [each for each in self._requests if each.is_admitted]:
                 self._abort(sequence)
             self._executor.reset()
+            if interrupt is None:
+                self._executor.check_intact()  # says more than what failed for want of a file
         if interrupt is not None:
             raise interrupt
         step.result()
@@ -118,7 +120,7 @@ class ServingLoop:
             self._executor.admit(sequence.slot, self._sampler_row(sequence))
         scored = sequence.params.prompt_logprobs is not None
         buckets = self._executor.buckets
-        size = buckets.scored if scored else buckets.for_prefill(work.length)
+        size = buckets.for_scored(work.length) if scored else buckets.for_prefill(work.length)
         length = min(work.length, size)
         end = work.start + length
         following = sequence.prompt_ids[work.start + 1 : end + 1]

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from planning.machines import GPUS, load_rates, sheet_rates
 
 from hmoe_jax.config import ModelConfig, read_config
 from hmoe_jax.exec.passes import StreamSizes, stream_sizes
+from hmoe_jax.exec.plan import find_hardware
 from hmoe_jax.perf.cost import (
     DecodeCost,
     PrefillCost,
@@ -47,20 +47,26 @@ def main() -> None:
     rates = _rates()
     memory_bytes = _device_bytes()
     cache = max(_LENGTHS.value) * cache_bytes_per_token(config, itemsize=2)
-    left = memory_bytes - resident_bytes(config) - cache
-    sizes = stream_sizes(config, rates.num_devices, memory_bytes=max(left, 0), max_len=max(_LENGTHS.value))
-    print(_memory(config, memory_bytes, cache, sizes))
-    shape = {"pass_len": sizes.pass_len, "ahead_experts": (sizes.depth - 1) * sizes.group_size * rates.num_devices}
-    prefills = [prefill_cost(config, rates, length, **shape) for length in _LENGTHS.value]
+    left = max(memory_bytes - resident_bytes(config) - cache, 0)
+
+    def sizes(num_devices: int) -> StreamSizes:
+        return stream_sizes(config, num_devices, memory_bytes=left, max_len=max(_LENGTHS.value))
+
+    def shape(num_devices: int) -> dict[str, int]:
+        own = sizes(num_devices)
+        return {"pass_len": own.pass_len, "ahead_experts": (own.depth - 1) * own.group_size * num_devices}
+
+    print(_memory(config, memory_bytes, cache, sizes(rates.num_devices)))
+    prefills = [prefill_cost(config, rates, length, **shape(rates.num_devices)) for length in _LENGTHS.value]
     decodes = [decode_cost(config, rates, batch=batch, context=_CONTEXT.value) for batch in _BATCHES.value]
     print(f"\n{_prefill_table(prefills)}")
     print(f"\nDecode at {_CONTEXT.value:,} tokens of context, the two sides in turn:\n\n{_decode_table(decodes)}")
     if _MODEL.value == "deepseek-v3" and _GPU.value == paper.GPU:
-        print(f"\n{paper.compare(config, rates, **shape)}")
+        print(f"\n{paper.compare(config, rates, shape)}")
     print_json(
         {
             "rates": asdict(rates),
-            "sizes": asdict(sizes),
+            "sizes": asdict(sizes(rates.num_devices)),
             "prefill": [asdict(each) for each in prefills],
             "decode": [asdict(each) for each in decodes],
         }
@@ -69,13 +75,16 @@ def main() -> None:
 
 def _rates() -> Rates:
     if _GPU.value == "measured":
+        for flag in (_NUM_GPUS, _DRAM, _LINK):
+            if flag.present:
+                raise ValueError(f"--{flag.name} is measured too: leave it out with --gpu=measured")
         return load_rates()
     return sheet_rates(_GPU.value, num_gpus=_NUM_GPUS.value, dram_gbps=_DRAM.value, link_gbps=_LINK.value)
 
 
 def _device_bytes() -> int:
     if _GPU.value == "measured":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return find_hardware("auto").memory_bytes
     return int(GPUS[_GPU.value].memory_gb * 1e9)
 
 

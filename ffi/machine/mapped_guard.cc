@@ -25,6 +25,7 @@ Slot slots[kMaxGuards];
 std::atomic<int> num_used{0};  // slots from here on were never used
 std::atomic<int64_t> num_hits{0};
 std::mutex mutex;  // of changes, not of reading
+std::atomic<bool> being_passed_on{false};
 struct sigaction before;
 uintptr_t page_size;
 
@@ -56,13 +57,18 @@ bool PutZeros(uintptr_t address) {
 void Handle(int number, siginfo_t* info, void* context) {
   const auto address = reinterpret_cast<uintptr_t>(info->si_addr);
   if (info->si_code == BUS_ADRERR && PutZeros(address)) return;
-  if ((before.sa_flags & SA_SIGINFO) != 0) {
+  // Handlers of others may lead back here, if they were installed between two guards: then nobody knows the
+  // signal.
+  const bool is_again = being_passed_on.exchange(true);
+  if (!is_again && (before.sa_flags & SA_SIGINFO) != 0) {
     before.sa_sigaction(number, info, context);
-  } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
+  } else if (!is_again && before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
     before.sa_handler(number);
   } else {
-    signal(number, SIG_DFL);  // the read is tried again, and ends the process as it would have
+    signal(number, SIG_DFL);  // a read is tried again, and ends the process as it would have
+    if (info->si_code != BUS_ADRERR) raise(number);
   }
+  being_passed_on.store(false);
 }
 
 // Whenever a guard is made: others may have installed handlers of their own since.

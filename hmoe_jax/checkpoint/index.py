@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -60,8 +61,8 @@ class Checkpoint:
         return sum(entry.num_bytes for entry in self.entries.values())
 
     @property
-    def mappings(self) -> dict[Path, np.ndarray]:
-        """All bytes of each file, as views of their mappings."""
+    def mappings(self) -> dict[Path, mmap.mmap]:
+        """All bytes of each file."""
         return {file.path: file.mapping for file in self._files}
 
     def file_of(self, name: str) -> Path:

@@ -31,11 +31,11 @@ class SafetensorsFile:
         self._content: mmap.mmap | None = content
 
     @property
-    def mapping(self) -> np.ndarray:
+    def mapping(self) -> mmap.mmap:
         """All bytes of the file."""
         if self._content is None:
             raise ValueError(f"{self.path} is closed: take arrays before leaving its `with` block")
-        return np.frombuffer(self._content, np.uint8)
+        return self._content
 
     def array(self, name: str) -> np.ndarray:
         """A read-only view of the tensor in the mapped file: nothing is copied.
@@ -43,11 +43,11 @@ class SafetensorsFile:
         The view keeps the mapping alive, also after `close`. It may be unaligned (`flags.aligned`), since the
         format promises no alignment. A BOOL tensor is read at once: bytes other than 0 and 1 are an error.
         """
-        mapping = self.mapping
+        content = self.mapping
         if name not in self.entries:
             raise CheckpointError("no such tensor", file=str(self.path), tensor=name)
         entry = self.entries[name]
-        data = mapping[entry.begin : entry.end]
+        data = np.frombuffer(content, np.uint8)[entry.begin : entry.end]
         if entry.dtype == "BOOL":
             _check_bools(entry, data, file=str(self.path))
         return data.view(NUMPY_DTYPES[entry.dtype]).reshape(entry.shape)

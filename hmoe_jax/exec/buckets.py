@@ -35,5 +35,9 @@ class Buckets:
         """The smallest bucket that holds them, or the largest one."""
         return next((size for size in self.prefill if size >= num_tokens), self.prefill[-1])
 
+    def for_scored(self, num_tokens: int) -> int:
+        """As `for_prefill`, for prefills that need logits of every token."""
+        return self.for_prefill(num_tokens) if self.balances_prefill else self.scored
+
     def for_decode(self, num_sequences: int) -> int:
         return next(size for size in self.decode if size >= num_sequences)

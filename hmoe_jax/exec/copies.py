@@ -35,7 +35,7 @@ class Group:
 
 
 class CopyLane:
-    """Copies records to one device, in the order asked, on a thread of its own. `close` ends it after the last one.
+    """Copies records to one device, in the order asked, on a thread of its own, which `close` ends.
 
     The lane owns `plan.depth` buffers, which it fills in turn: a copy may be asked for when nobody reads the one
     `depth` before it any more. On the CPU platform a buffer is the device's memory itself. `plan.link_gbps` makes the
@@ -102,14 +102,14 @@ class ExpertStream:
         shape = (group.experts.size, shards[0].shape[1])
         return group, jax.make_array_from_single_device_arrays(shape, self._sharding, shards)
 
-    def computing(self, output: jax.Array) -> None:
+    def computing(self, output: Any) -> None:
         """`output` becomes ready when the group that was taken last is not read any more."""
         self._computing.append(output)
 
     def close(self) -> None:
-        """Waits for what is under way, so that the buffers are free."""
-        for _, copies in self._asked:
-            for copy in copies:
+        """Drops what has not begun and waits for what is under way, so that the buffers are free."""
+        for copy in [copy for _, copies in self._asked for copy in copies]:
+            if not copy.cancel():
                 copy.exception()
         for output in self._computing:
             output.block_until_ready()

@@ -72,15 +72,16 @@ def tile_rows(group_size: int) -> tuple[int, ...]:
     return tuple(sorted([*powers, *middles]))
 
 
-def group_bytes(config: ModelConfig, group_size: int) -> int:
+def group_bytes(config: ModelConfig, group_size: int, *, rows: int | None = None) -> int:
     """Of a device's memory that the product of a group takes, beside the records themselves.
 
-    The largest matrix of each expert in FP32 and as two BF16 numbers; and for the tokens of the largest tile their
-    inputs, the inner activations (gate, up, their product) and the outputs.
+    The largest matrix of each expert in FP32 and as two BF16 numbers; and for `rows` tokens of each (default: of the
+    largest tile) their inputs, the inner activations (gate, up, their product) and the outputs.
     """
+    rows = rows or tile_rows(group_size)[-1]
     d, f = config.hidden_size, config.expert_ffn
     dequantised = f * d * (4 + 2 + 2)
-    activations = tile_rows(group_size)[-1] * (d * (4 + 4) + f * 4 * 3)
+    activations = rows * (d * (4 + 4) + f * 4 * 3)
     return group_size * (dequantised + activations)
 
 
@@ -116,9 +117,8 @@ def stream_sizes(config: ModelConfig, num_devices: int, *, memory_bytes: int, ma
     while group_size > 1 and least_bytes(group_size) > memory_bytes // 4:
         group_size //= 2
     left = memory_bytes - least_bytes(group_size)
-    pass_len = min(left // token_bytes(config), max_len)
-    if pass_len > block_len:
-        pass_len = min(pass_len // block_len * block_len, max_len)
+    pass_len = left // token_bytes(config)
+    pass_len = min(pass_len // block_len * block_len if pass_len > block_len else pass_len, max_len)
     if pass_len < min(MIN_PASS, max_len):
         raise ValueError(
             f"streaming needs {least_bytes(group_size):,} bytes of a device's memory for groups of {group_size} "

@@ -208,7 +208,9 @@ def _layout(
     if max_len > config.max_len:
         raise ValueError(f"max_model_len {max_len} exceeds the model's {config.max_len} positions")
     page_bytes = config.num_layers * PAGE_SIZE * config.latent_dim * jnp.dtype(dtype).itemsize
-    budget = options.kv_cache_bytes or int(hardware.memory_bytes * KV_SHARE)
+    # Each device that prompts are streamed to has a cache; those of the CPU platform share one memory.
+    copies = options.prefill_devices if hardware.platform == "cpu" else 1
+    budget = options.kv_cache_bytes or int(hardware.memory_bytes * KV_SHARE) // copies
     pages_each = -(-max_len // PAGE_SIZE)
     num_pages = 1 + min(options.max_num_seqs * pages_each, budget // page_bytes)
     if num_pages <= pages_each:
@@ -241,6 +243,8 @@ def _stream(
     if options.prefill != "stream":
         if options.prefill_devices > 1:
             raise ValueError(f"prefill_devices {options.prefill_devices} needs prefill 'stream'")
+        if options.link_gbps is not None:
+            raise ValueError(f"link_gbps {options.link_gbps} needs prefill 'stream'")
         return None
     if executor != "fused":
         raise ValueError(f"prefill 'stream' needs executor 'fused', with experts in host memory, got {executor!r}")

@@ -97,7 +97,9 @@ class Executor:
         return decode_batch([], self.layout, size=size, num_slots=self.num_slots)
 
     def reset(self) -> None:
-        """Forgets all sequences: for a step that failed, after which the donated state is gone."""
+        """Forgets all sequences: for a step that failed, after which the donated state is gone, or some of it."""
+        for array in jax.tree.leaves(self._state):
+            array.delete()
         self._state = self._empty_state()
 
     def check_intact(self) -> None:

@@ -67,10 +67,11 @@ class Session:
 
     def pieces(self, sequence: DrivenSequence) -> list[PrefillBatch]:
         """The batches that a prompt is run in."""
-        largest, pieces = self.executor.buckets.prefill[-1], []
-        for start in range(0, len(sequence.prompt), largest):
-            ids = sequence.prompt[start : start + largest]
-            size, is_last = self.executor.buckets.for_prefill(len(ids)), start + largest >= len(sequence.prompt)
+        buckets, start, pieces = self.executor.buckets, 0, []
+        while start < len(sequence.prompt):
+            end = start + buckets.piece_len(len(sequence.prompt) - start)
+            ids = sequence.prompt[start:end]
+            size, is_last = buckets.for_prefill(len(ids)), end == len(sequence.prompt)
             batch = prefill_batch(
                 ids,
                 self.executor.layout,
@@ -81,6 +82,7 @@ class Session:
                 pages=sequence.pages,
             )
             pieces.append(batch)
+            start = end
         return pieces
 
 

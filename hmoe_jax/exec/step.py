@@ -94,8 +94,14 @@ def decode_logits(
 def sample_last(
     weights: Weights, sampler: SamplerState, batch: PrefillBatch, hidden: Float[Array, "t d"]
 ) -> tuple[Sampled, SamplerState]:
-    """The token after the batch's last one; the sampler's row moves on if the prompt ends there."""
-    last = jax.lax.dynamic_slice_in_dim(hidden, batch.length - 1, 1)
+    """The token after the batch's last one."""
+    return sample_row(weights, sampler, batch, jax.lax.dynamic_slice_in_dim(hidden, batch.length - 1, 1))
+
+
+def sample_row(
+    weights: Weights, sampler: SamplerState, batch: PrefillBatch, last: Float[Array, "1 d"]
+) -> tuple[Sampled, SamplerState]:
+    """The same from the last one's row alone. The sampler's row moves on if the prompt ends there."""
     return sample(sampler, batch.slot[None], deepseek_v3.logits(weights, last), batch.is_last[None])
 
 

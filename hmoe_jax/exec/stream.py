@@ -44,7 +44,7 @@ from hmoe_jax.exec.step import (
     prefill,
     prefill_logits,
     prefill_scored,
-    sample_last,
+    sample_row,
 )
 from hmoe_jax.kernels.grouped.routes import SortedRoutes
 from hmoe_jax.nn.norm import rms_norm
@@ -53,6 +53,9 @@ from hmoe_jax.sampling import SamplerState, report
 
 LIKELY = 0.9
 """An expert is copied before its layer's router has chosen if it is at least so probable that some token chooses it."""
+
+MAX_RUNNING = 2
+"""Quanta that are started before the first of them has ended: enough that a device never waits for the host."""
 
 SCORED_ROWS = 128
 """Logits of so many tokens are held at a time, for the log-probabilities of a prompt."""
@@ -108,11 +111,12 @@ class StreamExecutor(Executor):
         self._local = [i for i, device in enumerate(stream.devices) if device.process_index == jax.process_index()]
         self._others = [stream.devices[i] for i in self._local if stream.devices[i] != plan.device]
         self.lanes = [CopyLane(store, stream.devices[i], stream) for i in self._local]
-        self._everywhere = jax.tree.map(self._replicate, weights)
+        self._everywhere = jax.tree.map(self._replicate, replace(weights, norm=None, head=None))
         # Layers that differ in nothing but their numbers share programs.
         self._kinds = [str(jax.tree.map(jax.typeof, layer)) for layer in weights.layers]
         self._mirrors = self._copy_caches()
         self.quantum_programs = QuantumPrograms(config, self.layout, self._records, self._mesh, variant=stream.variant)
+        self._running: deque[Array] = deque()
         self._tails: dict[tuple[str, int], Callable[..., Any]] = {}
 
     def step(
@@ -124,12 +128,14 @@ class StreamExecutor(Executor):
     ) -> StepOutput:
         """As `Executor.step`, and a prompt's quanta one after the other, until it `is_cancelled`."""
         if isinstance(batch, DecodeBatch):
+            self._mirrors_are_stale = True
             return super().step(batch)
         return self._drive(self.quanta(prefill_scored if scored else prefill, batch), is_cancelled)
 
     def run(self, function: StepFunction, batch: PrefillBatch | DecodeBatch) -> Any:
         """As `Executor.run`; a prompt's quanta one after the other."""
         if isinstance(batch, DecodeBatch):
+            self._mirrors_are_stale = True
             return super().run(function, batch)
         return self._drive(self.quanta(function, batch))
 
@@ -137,9 +143,11 @@ class StreamExecutor(Executor):
         """Runs a prompt, or a piece of one, in quanta; the generator's value is the output of `function`.
 
         Closing the generator between two quanta cancels the prompt: what it left in the cache is nobody's, and
-        everything else is freed.
+        everything else is freed. Of several processes all must stop after the same quantum, or none.
         """
         prompt = self._prompt(batch)
+        if self._mirrors_are_stale and int(batch.start) > 0:  # it attends to what decoding may have written
+            self._mirrors = self._copy_caches()
         with ExitStack() as owned:
             self.recorder = owned.enter_context(Recorder(watches_computing=self.watches_computing))
             lanes = dict(zip(self._local, self.lanes, strict=True))
@@ -165,6 +173,8 @@ class StreamExecutor(Executor):
         return [*decodes, *(partial(self._warm_up_prefill, size) for size in self.buckets.prefill)]
 
     def reset(self) -> None:
+        for array in jax.tree.leaves(self._mirrors):
+            array.delete()
         super().reset()
         self._mirrors = self._copy_caches()
 
@@ -224,7 +234,11 @@ class StreamExecutor(Executor):
         return self.quantum_programs.tile(state, routes, experts, places, records, first=tile.first, rows=tile.rows)
 
     def _started(self, name: str, index: int) -> Quantum:
+        """Waits until few enough quanta are under way that cancelling leaves the devices little to finish."""
         self.recorder.computing(name, self.quantum_programs.done)
+        self._running.append(self.quantum_programs.done)
+        if len(self._running) > MAX_RUNNING:
+            self._running.popleft().block_until_ready()
         return Quantum(name, index, self.config.num_layers)
 
     def _ask(self, experts: ExpertStream, waiting: deque[Group]) -> None:
@@ -264,7 +278,7 @@ class StreamExecutor(Executor):
         records = np.zeros((nobody.size, self._records.num_bytes), np.uint8)
         on_devices = jax.device_put(records, NamedSharding(self._mesh, DIVIDED))
         for rows, width in itertools.product(self.stream.tile_rows, self.stream.widths):
-            if rows < 2 * len(state.x):  # an expert has no more rows
+            if rows < 2 * len(state.x) or rows == self.stream.tile_rows[0]:  # an expert has no more rows
                 tile = Tile(0, rows, nobody[:, :width])
                 state = self._add_tile(tile, Group(0, nobody), state, routes, on_devices)
 
@@ -286,7 +300,8 @@ class StreamExecutor(Executor):
         return jax.make_array_from_single_device_arrays(copies[0].shape, NamedSharding(self._mesh, EVERYWHERE), copies)
 
     def _copy_caches(self) -> list[list[Array]]:
-        """The caches of the other devices."""
+        """The caches of the other devices. Decoding writes to the first one's alone."""
+        self._mirrors_are_stale = False
         return [[jax.device_put(cache, device) for device in self._others] for cache in self._state.caches]
 
     def _cache(self, index: int) -> Array:
@@ -307,7 +322,8 @@ def _here(array: Array) -> Array:
 def _sampled(
     config: ModelConfig, weights: Weights, sampler: SamplerState, batch: PrefillBatch, x: Array
 ) -> tuple[StepOutput, SamplerState]:
-    sampled, sampler = sample_last(weights, sampler, batch, rms_norm(x, weights.norm, config.norm_eps))
+    last = lax.dynamic_slice_in_dim(x, batch.length - 1, 1)
+    sampled, sampler = sample_row(weights, sampler, batch, rms_norm(last, weights.norm, config.norm_eps))
     return StepOutput(sampled, jnp.zeros((0, *x.shape[:1], config.top_k), jnp.int32)), sampler
 
 

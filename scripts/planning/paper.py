@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from hmoe_jax.config import ModelConfig
@@ -15,13 +16,16 @@ INT4_BYTES = 0.5 + 2 / 32
 """Of a weight in groups of 32 with BF16 scales, against 1 in FP8."""
 
 
-def compare(config: ModelConfig, rates: Rates, *, pass_len: int, ahead_experts: int) -> str:
-    """A table, and why each line differs. Nothing is fitted to the paper's figures."""
+def compare(config: ModelConfig, rates: Rates, shape: Callable[[int], dict[str, int]]) -> str:
+    """A table, and why each line differs. Nothing is fitted to the paper's figures.
+
+    `shape` gives, for a number of devices, what `prefill_cost` wants to know of passes and of the ring.
+    """
     lines = ["Beside the paper's figures (one prompt of 32,768 tokens; decode at batch 1):", ""]
     lines += ["| | paper | predicted limit | paper / limit | what limits |", "|---|---:|---:|---:|---|"]
     for count, published in PREFILL_TOK_S.items():
         machine = replace(rates, num_devices=count)
-        cost = prefill_cost(config, machine, PROMPT, pass_len=pass_len, ahead_experts=ahead_experts)
+        cost = prefill_cost(config, machine, PROMPT, **shape(count))
         lines.append(_line(f"prefill tok/s, {count} GPU(s)", published, cost.tok_per_s, cost.limit))
     scale = {"FP8": 1.0, "INT4": INT4_BYTES}
     for name, published in DECODE_TOK_S.items():
@@ -29,7 +33,6 @@ def compare(config: ModelConfig, rates: Rates, *, pass_len: int, ahead_experts: 
         step = decode_cost(config, machine, batch=1, context=4096)
         lines.append(_line(f"decode tok/s, {name}", published, step.tok_per_s, step.limit))
     per_token = config.num_moe_layers * config.top_k * expert_bytes(config) / 1e9
-    needed = per_token * DECODE_TOK_S["FP8"]
     needed = per_token * DECODE_TOK_S["FP8"]
     lines += [
         "",

@@ -95,9 +95,14 @@ def _joined(recorders: list[Recorder]) -> Recorder:
 def _link_gbps(executor: StreamExecutor) -> float:
     """All lanes at once, groups as in a prefill; the first ones only touch the buffers."""
     size = min(executor.stream.group_size, executor.config.num_experts // len(executor.stream.devices))
-    experts = np.arange(size, dtype=np.int32)
-    rounds = [[lane.submit(0, experts) for lane in executor.lanes] for _ in range(executor.stream.depth + LINK_GROUPS)]
-    spans: list[Span] = [copy.result()[1] for copies in rounds[executor.stream.depth :] for copy in copies]
+    layers, count = executor.config.num_moe_layers, executor.stream.depth + LINK_GROUPS
+    spans: list[Span] = []
+    for i in range(count):
+        first = i * size % (executor.config.num_experts - size + 1)
+        experts = np.arange(first, first + size, dtype=np.int32)
+        copies = [lane.submit(i % layers, experts) for lane in executor.lanes]
+        spans += [copy.result()[1] for copy in copies]
+    spans = spans[executor.stream.depth * len(executor.lanes) :]
     return sum(span.num_bytes for span in spans) / busy_seconds(spans) / 1e9
 
 

@@ -77,7 +77,7 @@ def test_programs_keep_to_the_bytes_that_the_plan_counts(tmp_path: Path) -> None
     executor, plan = open_executor(folder, wishes)
     try:
         assert isinstance(executor, StreamExecutor)
-        executor.stream = replace(executor.stream, tile_rows=executor.stream.tile_rows[-2:])
+        executor.stream = replace(executor.stream, tile_rows=(1024, 2048))
         size = plan.buckets.prefill[-1]
         executor._warm_up_prefill(size)
         config, programs = executor.config, executor.quantum_programs.compiled
@@ -86,8 +86,9 @@ def test_programs_keep_to_the_bytes_that_the_plan_counts(tmp_path: Path) -> None
             if key[0] in ("front", "dense", "back"):
                 assert num_bytes <= block_bytes(config, executor.stream.block_len), key
             if key[0] == "group":
-                assert num_bytes <= group_bytes(config, executor.stream.group_size), key
-        assert max(num for key, num in temporary.items() if key[0] == "group") > group_bytes(config, 1) / 8
+                assert num_bytes <= group_bytes(config, executor.stream.group_size, rows=key[2]), key
+        largest = max(num_bytes for key, num_bytes in temporary.items() if key[0] == "group")
+        assert largest > group_bytes(config, executor.stream.group_size, rows=2048) / 4
         begin = programs["begin", size].memory_analysis()
         sort = programs["sort", size].memory_analysis()
         ids = size * config.top_k * 4

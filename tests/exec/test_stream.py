@@ -77,7 +77,7 @@ def test_short_prompts_copy_only_the_experts_that_they_use(reference: Reference,
     assert_close(logits, expected[:length], 1e-4)
 
 
-@pytest.mark.parametrize("num_devices", [2, 3])
+@pytest.mark.parametrize("num_devices", [2, 3, 4])
 def test_devices_divide_the_experts(reference: Reference, num_devices: int) -> None:
     # 16 experts over 3 devices are 5, 5 and 6.
     check(reference, "deepseek", num_devices=num_devices, group_size=2, block_len=24)
@@ -107,15 +107,17 @@ def test_scores_of_a_prompt_are_those_of_its_logits(reference: Reference) -> Non
     np.testing.assert_allclose(output.prompt.logprob[:149], log_probs[np.arange(149), np.array(ids[1:])], atol=1e-3)
 
 
-def test_a_prompt_can_be_cancelled_after_every_quantum(reference: Reference) -> None:
-    folder, expected = reference("halves")
-    ids = random_ids("halves", 60).tolist()
-    with streaming(folder, group_size=2, block_len=32) as executor:
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_prompt_can_be_cancelled_after_every_quantum(reference: Reference, num_devices: int) -> None:
+    """With a ring of three groups and three MoE layers: buffers are reused, copies run ahead of the next layer."""
+    folder, expected = reference("deepseek")
+    ids = random_ids("deepseek", 60).tolist()
+    with streaming(folder, num_devices=num_devices, group_size=2, depth=3, block_len=32) as executor:
         scorer = Scorer(executor)
         whole = scorer.logits(ids)
         batch = prefill_batch(ids, executor.layout, size=len(ids), pages=[1])
         num_quanta = sum(1 for _ in executor.quanta(prefill_logits, batch))
-        assert num_quanta > 10
+        assert num_quanta >= 3 * 8 // num_devices
         baseline = len(jax.live_arrays())
         for stop in range(num_quanta):
             quanta = executor.quanta(prefill_logits, batch)
@@ -124,19 +126,8 @@ def test_a_prompt_can_be_cancelled_after_every_quantum(reference: Reference) -> 
             assert 0 <= quantum.layer < quantum.num_layers
             quanta.close()
             assert len(jax.live_arrays()) <= baseline
-        np.testing.assert_array_equal(scorer.logits(ids), whole)
+            np.testing.assert_array_equal(scorer.logits(ids), whole)
     assert_close(whole, expected[:60], 1e-4)
-
-
-def test_copies_never_hold_more_than_the_plan_says(reference: Reference) -> None:
-    folder, _ = reference("deepseek")
-    with streaming(folder, group_size=2) as executor:
-        ids = random_ids("deepseek", 200).tolist()
-        quanta = executor.quanta(prefill, prefill_batch(ids, executor.layout, size=200, pages=[1, 2, 3, 4]))
-        group_bytes = 2 * executor._records.num_bytes
-        for _ in quanta:
-            held = {a.unsafe_buffer_pointer() for a in jax.live_arrays() if a.nbytes == group_bytes and a.ndim == 2}
-            assert len(held) <= executor.stream.depth
 
 
 def test_two_gpus_get_collectives_and_no_cpu_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +171,11 @@ def test_two_processes_stream_one_prompt(tmp_path: Path) -> None:
         subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=root, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0], errors
     with load_for_scoring(folder, prefill="stream", prefill_devices=2, max_model_len=200) as scorer:
         expected = scorer.logits(random_ids("deepseek", 90).tolist())
@@ -188,13 +183,13 @@ def test_two_processes_stream_one_prompt(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.load(tmp_path / f"{rank}.npy"), expected)
 
 
-@pytest.mark.parametrize("failing", [0, 1, 4])
+@pytest.mark.parametrize("failing", [0, 1, 9])
 def test_a_copy_that_fails_harms_no_later_prompt(
     reference: Reference, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    folder, _ = reference("halves")
-    ids = random_ids("halves", 60).tolist()
-    with streaming(folder, group_size=2) as executor:
+    folder, _ = reference("deepseek")
+    ids = random_ids("deepseek", 60).tolist()
+    with streaming(folder, group_size=2, depth=3) as executor:
         scorer = Scorer(executor)
         whole = scorer.logits(ids)
         copy_records, calls = ExpertStore.copy_records, itertools.count()

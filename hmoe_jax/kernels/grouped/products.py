@@ -23,7 +23,7 @@ def _project_f32(x: Float[Array, "e c i"], matrix: ExpertMatrices) -> Float32[Ar
 
 
 def project_bf16(x: Float[Array, "e c i"], matrix: ExpertMatrices) -> Float32[Array, "e c o"]:
-    """By products of BF16 numbers. No bit of a weight is lost that FP32 sums would keep.
+    """By products of BF16 numbers, losing at most 2^-17 of a weight.
 
     Codes are exact in BF16, and so are codes times powers of two. A scale per row is multiplied afterwards. With other
     scales a weight is the sum of two BF16 numbers (17 bits), which costs a second product.
