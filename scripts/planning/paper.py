@@ -22,7 +22,7 @@ def compare(config: ModelConfig, rates: Rates, shape: Callable[[int], dict[str, 
     `shape` gives, for a number of devices, what `prefill_cost` wants to know of passes and of the ring.
     """
     lines = ["Beside the paper's figures (one prompt of 32,768 tokens; decode at batch 1):", ""]
-    lines += ["| | paper | predicted limit | paper / limit | what limits |", "|---|---:|---:|---:|---|"]
+    lines += ["| | paper | ours, predicted | paper / ours | what limits ours |", "|---|---:|---:|---:|---|"]
     for count, published in PREFILL_TOK_S.items():
         machine = replace(rates, num_devices=count)
         cost = prefill_cost(config, machine, PROMPT, **shape(count))
@@ -39,8 +39,9 @@ def compare(config: ModelConfig, rates: Rates, shape: Callable[[int], dict[str, 
         f"A token at batch 1 reads {per_token:.1f} GB of experts: FP8 in the paper is {needed:.0f} GB/s of them alone,",
         f"where {rates.expert_gbps:.0f} GB/s are assumed here (--dram_gbps). The paper overlaps the two sides.",
         "INT4 halves the experts' bytes, not the device's share.",
-        "Prefill is predicted from the data sheet's BF16 rate, which no program holds for long, but with two products",
-        "for a weight whose scale follows the columns: programs that round weights to BF16 need one.",
+        "Prefill is predicted from the data sheet's BF16 rate, which no program holds for long. Ours keep the bits of",
+        "weights whose scales follow the columns: two products, and two BF16 numbers written to memory and read for each",
+        "tile. Programs that round weights to BF16, or unpack them inside the product, need half of it or none.",
         "On two devices link, projections and experts are halved alike. The prediction has no collective in it, the",
         "paper's factor of 1.5 does: ours are a reduction and a gather of the activations in every layer.",
     ]
