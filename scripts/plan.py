@@ -1,8 +1,7 @@
 """What a model needs and should reach on a machine that one may not have: memory, prefill, decode, and their limits.
 
 `--gpu` takes its figures from data sheets: what is printed then is what our programs cost at rates that none holds for
-long. With
-`--gpu=measured` the rates are this machine's own, as `calibrate.py` measured them.
+long. With `--gpu=measured` the rates are this machine's own, as `calibrate.py` measured them.
 """
 
 from __future__ import annotations
