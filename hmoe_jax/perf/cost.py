@@ -16,7 +16,7 @@ from hmoe_jax.nn.linear import Projection
 from hmoe_jax.perf.sizes import cache_bytes_per_token, count_parameters
 from hmoe_jax.quant.formats import FORMATS
 
-TILE_ROWS = 640
+ROWS_PER_UNPACKING = 640
 """An expert with n tokens is unpacked 1.25 + n / 640 times, on the average over balanced and skewed routing: what
 `exec.groups.tiles` makes of 64 to 1,024 tokens per expert."""
 
@@ -109,7 +109,7 @@ def prefill_cost(
         used = config.num_experts * used_share(config, tokens)
         stored = moe_layers * used * record / 1e9
         copy = stored / rates.link_gbps
-        tiles = 1.25 + tokens * config.top_k / used / TILE_ROWS
+        tiles = 1.25 + tokens * config.top_k / used / ROWS_PER_UNPACKING
         routed = 2 * count.chosen * tokens / rates.grouped_tflops / 1e12 + tiles * stored / rates.unpack_gbps
         front, routed, copy = (each / rates.num_devices for each in (front, routed, copy))
         beside_front = min(ahead_experts / used, 1.0) * copy

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hmoe_jax.exec.cache import default_cache_dir
 from hmoe_jax.perf.cost import Rates
 
 DISPATCH_S = 20e-6
@@ -55,9 +55,8 @@ def sheet_rates(name: str, *, num_gpus: int, dram_gbps: float, link_gbps: float 
 
 
 def rates_file() -> Path:
-    """`$XDG_CACHE_HOME/hmoe_jax/machine.json`, or the same below `~/.cache`."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "hmoe_jax" / "machine.json"
+    """Beside the compiled programs: `~/.cache/hmoe_jax/machine.json`, or below `$XDG_CACHE_HOME`."""
+    return default_cache_dir().parent / "machine.json"
 
 
 def save_rates(rates: Rates) -> Path:
