@@ -80,10 +80,10 @@ def _random_experts(shape: StoreShape) -> Iterator[ExpertTensor]:
     rng = np.random.default_rng(SEED)
     for expert in range(shape.num_experts):
         for matrix in MATRICES:
-            yield ExpertTensor(0, expert, matrix, *_random_matrix(rng, *shape.matrix(matrix)))
+            yield ExpertTensor(0, expert, matrix, *random_matrix(rng, *shape.matrix(matrix)))
 
 
-def _random_matrix(rng: np.random.Generator, rows: int, cols: int) -> tuple[np.ndarray, np.ndarray]:
+def random_matrix(rng: np.random.Generator, rows: int, cols: int) -> tuple[np.ndarray, np.ndarray]:
     layout = FORMATS[CODEC]
     codes = rng.integers(0, 120, (rows, cols), dtype=np.uint8)  # finite, as E4M3
     scale = np.full(layout.scale_blocks[0].grid(rows, cols), 2.0**-9, np.float32)
@@ -210,5 +210,5 @@ def _dispatch_s(bench: Bench) -> float:
 
 
 def _projection(bench: Bench, rows: int, cols: int) -> Projection:
-    weight, scale = _random_matrix(np.random.default_rng(SEED), rows, cols)
+    weight, scale = random_matrix(np.random.default_rng(SEED), rows, cols)
     return Projection(jax.device_put(weight), jax.device_put(scale), codec=CODEC, pool=bench.native_pool)

@@ -99,3 +99,16 @@ def test_calibration_measures_every_rate(tmp_path: Path) -> None:
     )
     assert status == 0, stderr
     assert "| 900 | 1 |" in stdout
+
+
+def test_the_gpu_suite_runs_without_a_gpu(tmp_path: Path) -> None:
+    status, stdout, stderr = finish("gpu_suite", "--json", f"--out={tmp_path / 'out'}", cache=tmp_path)
+    assert status == 0, stdout + stderr
+    results = json.loads(stdout.splitlines()[-1])
+    assert set(results) == {"versions", "graph_executor", "copies", "overlap", "grouped", "attention"}
+    assert results["graph_executor"]["relative_error"] == 0.0  # the same device twice
+    assert results["grouped"]["batched_16_tflops"] > 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    status, _, stderr = finish("gpu_suite", "--only=speed", f"--out={tmp_path / 'out'}", cache=tmp_path)
+    assert status == 1
+    assert "--only=speed: expected one of versions, graph_executor" in stderr
