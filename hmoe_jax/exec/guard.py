@@ -22,7 +22,7 @@ class FileGuard:
         ]
 
     def check(self) -> None:
-        """Raises `CheckpointError` naming the first file that was cut off. A microsecond for each file."""
+        """Raises `CheckpointError` naming the first file that was cut off. Asks the system for the size of each."""
         for path, mapping, guard in self._files:
             if guard.was_hit or mapping.size() < len(mapping):
                 raise CheckpointError("was cut off while it was mapped: what was read since is wrong", file=str(path))
