@@ -48,6 +48,7 @@ from hmoe_jax.exec.step import (
 )
 from hmoe_jax.kernels.grouped.routes import SortedRoutes
 from hmoe_jax.nn.norm import rms_norm
+from hmoe_jax.perf.cost import used_share
 from hmoe_jax.perf.lanes import Recorder
 from hmoe_jax.sampling import SamplerState, report
 
@@ -247,8 +248,7 @@ class StreamExecutor(Executor):
 
     def _guess(self, layer: int, prompt: _Prompt) -> list[Group]:
         """What to copy of a layer before its router has chosen: nothing, if most of it would be in vain."""
-        used = 1 - (1 - self.config.top_k / self.config.num_experts) ** prompt.length
-        if layer == self.config.num_moe_layers or used < LIKELY:
+        if layer == self.config.num_moe_layers or used_share(self.config, prompt.length) < LIKELY:
             return []
         size, count = self.stream.group_size, self.stream.depth - 1
         return guess(layer, owned(self.config.num_experts, self._num_devices), size=size, count=count)

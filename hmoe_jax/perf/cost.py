@@ -5,11 +5,13 @@ Rates come from data sheets (then predictions are limits) or from `scripts/calib
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 
 import jax
 
-from hmoe_jax.architectures.deepseek_v3_checkpoint import describe, describe_experts
+from hmoe_jax.architectures.deepseek_v3_checkpoint import MATRICES, describe, describe_experts
 from hmoe_jax.checkpoint.specs import TensorSpec
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.nn.linear import Projection
@@ -135,8 +137,7 @@ def used_share(config: ModelConfig, tokens: int) -> float:
 
 def expert_bytes(config: ModelConfig) -> int:
     """Of one routed expert: weights and scales."""
-    specs = [spec.projection for spec, _ in zip(describe_experts(config), range(3), strict=False)]
-    return sum(_stored_bytes(spec) for spec in specs)
+    return sum(_stored_bytes(spec.projection) for spec in itertools.islice(describe_experts(config), len(MATRICES)))
 
 
 def resident_bytes(config: ModelConfig, *, looked_up: bool = False) -> int:
@@ -148,10 +149,7 @@ def resident_bytes(config: ModelConfig, *, looked_up: bool = False) -> int:
 
 def _stored_bytes(node: Projection | TensorSpec) -> int:
     if isinstance(node, TensorSpec):
-        size = 1
-        for length in node.shape:
-            size *= length
-        return 2 * size
+        return 2 * math.prod(node.shape)
     layout = FORMATS[node.codec]
     rows, items = node.weight.shape
     return layout.num_bytes(rows, layout.num_cols(items))
