@@ -62,15 +62,21 @@ class Executor:
         A prefill in several parts asks `is_cancelled` between them, and raises `StepCancelledError` where it stops.
         """
         function = decode if isinstance(batch, DecodeBatch) else prefill_scored if scored else prefill
-        return self.run(function, batch)
+        return self.run(function, batch, is_cancelled=is_cancelled)
 
     def admit(self, slot: int, row: SamplerState) -> None:
         """Gives a slot to a new sequence."""
         sampler = self._admit(self._state.sampler, np.array(slot, np.int32), row)
         self._state = DeviceState(self._state.caches, sampler)
 
-    def run(self, function: StepFunction, batch: PrefillBatch | DecodeBatch) -> Any:
-        """Runs a step function on the state; compiles it if this size of batch is new."""
+    def run(
+        self,
+        function: StepFunction,
+        batch: PrefillBatch | DecodeBatch,
+        *,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> Any:
+        """Runs a step function on the state; compiles it if this size of batch is new. One program runs to its end."""
         output, self._state = self._program(function, batch)(self._weights, self._backend.operand, self._state, batch)
         return output
 

@@ -120,25 +120,24 @@ class StreamExecutor(Executor):
         self._running: deque[Array] = deque()
         self._tails: dict[tuple[str, int], Callable[..., Any]] = {}
 
-    def step(
+    def run(
         self,
+        function: StepFunction,
         batch: PrefillBatch | DecodeBatch,
         *,
-        scored: bool = False,
         is_cancelled: Callable[[], bool] = lambda: False,
-    ) -> StepOutput:
-        """As `Executor.step`, and a prompt's quanta one after the other, until it `is_cancelled`."""
-        if isinstance(batch, DecodeBatch):
-            self._mirrors_are_stale = True
-            return super().step(batch)
-        return self._drive(self.quanta(prefill_scored if scored else prefill, batch), is_cancelled)
-
-    def run(self, function: StepFunction, batch: PrefillBatch | DecodeBatch) -> Any:
-        """As `Executor.run`; a prompt's quanta one after the other."""
+    ) -> Any:
+        """As `Executor.run`; a prompt's quanta one after the other, until it `is_cancelled`."""
         if isinstance(batch, DecodeBatch):
             self._mirrors_are_stale = True
             return super().run(function, batch)
-        return self._drive(self.quanta(function, batch))
+        with closing(self.quanta(function, batch)) as quanta:
+            while not is_cancelled():
+                try:
+                    next(quanta)
+                except StopIteration as end:
+                    return end.value
+        raise StepCancelledError
 
     def quanta(self, function: StepFunction, batch: PrefillBatch) -> Quanta:
         """Runs a prompt, or a piece of one, in quanta; the generator's value is the output of `function`.
@@ -185,15 +184,6 @@ class StreamExecutor(Executor):
         for array in jax.tree.leaves((self._everywhere, self._mirrors)):
             array.delete()
         super().close()
-
-    def _drive(self, quanta: Quanta, is_cancelled: Callable[[], bool] = lambda: False) -> Any:
-        with closing(quanta):
-            while not is_cancelled():
-                try:
-                    next(quanta)
-                except StopIteration as end:
-                    return end.value
-        raise StepCancelledError
 
     def _over_blocks(
         self, name: Literal["dense", "front", "back"], index: int, state: Pass, prompt: _Prompt
