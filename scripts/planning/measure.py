@@ -2,92 +2,88 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from measuring.attention import attention_tflops
+from measuring.experts import CODEC, Variants, best_variant, measure_variants, random_matrix, random_store
+from measuring.limits import link_gbps
+from measuring.timing import Effort, median_seconds
 
-from hmoe_jax.architectures.deepseek_v3_checkpoint import MATRICES
-from hmoe_jax.exec.copies import aligned
-from hmoe_jax.experts.store import ExpertStore, ExpertTensor, StoreShape
-from hmoe_jax.kernels.grouped.experts import VARIANTS
-from hmoe_jax.kernels.grouped.routes import GroupRows
+from hmoe_jax.exec.copies import CopyLane
+from hmoe_jax.exec.groups import guess
+from hmoe_jax.exec.passes import MAX_GROUP, MIN_DEPTH, StreamPlan
+from hmoe_jax.experts.store import ExpertStore, StoreShape
 from hmoe_jax.kernels.moe_experts import moe_experts
-from hmoe_jax.kernels.pool import ThreadPool, cpu_name, resolve_num_threads
-from hmoe_jax.nn.attention import Context, Pages, Queries, UpProjections, attend_decompressed
+from hmoe_jax.kernels.pool import ThreadPool, resolve_num_threads
 from hmoe_jax.nn.linear import Projection, linear
 from hmoe_jax.perf.cost import Rates
-from hmoe_jax.quant.formats import FORMATS
+from hmoe_jax.perf.machines import machine_name
 
-CODEC = "fp8_block"
 HIDDEN, FFN, TOP_K = 7168, 2048, 8
-HEADS, NOPE, ROPE, VALUE, RANK = 16, 128, 64, 128, 512
-ROWS, GROUP, CONTEXT, PAGE = 512, 2, 4096, 64
-SEED = 0
+HEADS, CONTEXT = 16, 4096
+FEW_ROWS, ROWS = 32, 512
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What the measurements share: a device, a pool, random experts of DeepSeek-V3's widths, and their duration."""
+    """What the measurements share: a device, a pool, random experts of DeepSeek-V3's widths, and their effort."""
 
     device: jax.Device
     pool: ThreadPool
     store: ExpertStore
-    seconds: float
+    effort: Effort
 
     @property
     def native_pool(self) -> int | None:
         return self.pool.id if self.device.platform == "cpu" else None
 
-    def time(self, call: Callable[[], Any]) -> float:
-        """The median time of a call, which is waited for."""
-        jax.block_until_ready(call())
-        times, end = [], time.perf_counter() + self.seconds
-        while time.perf_counter() < end or len(times) < 3:
-            begin = time.perf_counter()
-            jax.block_until_ready(call())
-            times.append(time.perf_counter() - begin)
-        return statistics.median(times)
+    @property
+    def group_size(self) -> int:
+        """Experts that are multiplied together: on the CPU platform few, or a call takes seconds."""
+        return 2 if self.device.platform == "cpu" else min(MAX_GROUP, self.store.shape.num_experts)
 
 
-def measure_rates(device: jax.Device, *, num_threads: int | Literal["auto"], num_experts: int, seconds: float) -> Rates:
-    with ThreadPool(resolve_num_threads(num_threads)) as pool:
-        shape = StoreShape(1, num_experts, HIDDEN, FFN)
-        with (
-            jax.default_device(device),
-            ExpertStore(_random_experts(shape), shape=shape, codec=CODEC, pool=pool) as store,
-        ):
-            bench = Bench(device, pool, store, seconds)
-            name = cpu_name() if device.platform == "cpu" else f"{cpu_name()}, {device.device_kind}"
-            return Rates(
-                name=name,
-                expert_gbps=_expert_gbps(bench),
-                link_gbps=_link_gbps(bench),
-                device_gbps=_device_gbps(bench),
-                linear_tflops=_linear_tflops(bench),
-                **_grouped(bench),
-                attention_tflops=_attention_tflops(bench),
-                dispatch_s=_dispatch_s(bench),
-            )
+@contextmanager
+def open_bench(
+    device: jax.Device, *, num_threads: int | Literal["auto"], num_experts: int, effort: Effort
+) -> Iterator[Bench]:
+    """Arrays are made on `device` inside."""
+    shape = StoreShape(1, num_experts, HIDDEN, FFN)
+    with (
+        ThreadPool(resolve_num_threads(num_threads)) as pool,
+        random_store(shape, pool) as store,
+        jax.default_device(device),
+    ):
+        yield Bench(device, pool, store, effort)
 
 
-def _random_experts(shape: StoreShape) -> Iterator[ExpertTensor]:
-    rng = np.random.default_rng(SEED)
-    for expert in range(shape.num_experts):
-        for matrix in MATRICES:
-            yield ExpertTensor(0, expert, matrix, *random_matrix(rng, *shape.matrix(matrix)))
+def measure_group(bench: Bench) -> Variants:
+    return measure_variants(bench.store, group_size=bench.group_size, rows=(FEW_ROWS, ROWS), effort=bench.effort)
 
 
-def random_matrix(rng: np.random.Generator, rows: int, cols: int) -> tuple[np.ndarray, np.ndarray]:
-    layout = FORMATS[CODEC]
-    codes = rng.integers(0, 120, (rows, cols), dtype=np.uint8)  # finite, as E4M3
-    scale = np.full(layout.scale_blocks[0].grid(rows, cols), 2.0**-9, np.float32)
-    return codes.view(layout.encoding.dtype), scale
+def measure_rates(bench: Bench, variants: Variants) -> Rates:
+    """`variants` is what `measure_group` found: the best of them will serve."""
+    best = best_variant(variants)
+    return Rates(
+        name=machine_name(bench.device),
+        expert_gbps=_expert_gbps(bench),
+        expert_tflops=_expert_tflops(bench),
+        link_gbps=_link_gbps(bench),
+        device_gbps=_device_gbps(bench),
+        linear_tflops=_linear_tflops(bench),
+        **_grouped(bench, variants[best]),
+        attention_tflops=attention_tflops(
+            heads=HEADS, block_len=ROWS, context_len=CONTEXT, effort=bench.effort, pool=bench.native_pool
+        ),
+        dispatch_s=_dispatch_s(bench),
+        variant=best,
+    )
 
 
 def _expert_gbps(bench: Bench) -> float:
@@ -99,24 +95,29 @@ def _expert_gbps(bench: Bench) -> float:
         hidden, weights = jnp.ones((1, HIDDEN), jnp.bfloat16), jnp.ones((1, TOP_K), jnp.float32)
         call = jax.jit(lambda ids: moe_experts(hidden, ids, weights, layer=0, store=bench.store.id))
         before = bench.store.stats()
-        bench.time(lambda: [call(each) for each in ids])
+        median_seconds(lambda: [call(each) for each in ids], bench.effort)
         after = bench.store.stats()
     return (after.expert_bytes - before.expert_bytes) / (after.seconds - before.seconds) / 1e9
 
 
+def _expert_tflops(bench: Bench) -> float:
+    """Many tokens for each of a token's experts, by the CPU."""
+    cpu = jax.local_devices(backend="cpu")[0]
+    with jax.default_device(cpu):
+        hidden, weights = jnp.ones((ROWS, HIDDEN), jnp.bfloat16), jnp.ones((ROWS, TOP_K), jnp.float32)
+        ids = jnp.tile(jnp.arange(TOP_K, dtype=jnp.int32), (ROWS, 1))
+        call = jax.jit(lambda ids: moe_experts(hidden, ids, weights, layer=0, store=bench.store.id))
+        flops = 2 * ROWS * TOP_K * 3 * HIDDEN * FFN
+        return flops / median_seconds(lambda: call(ids), bench.effort) / 1e12
+
+
 def _link_gbps(bench: Bench) -> float:
-    """Records from the store to the device, as a copy lane brings them."""
-    buffer = aligned((TOP_K, bench.store.record_layout.num_bytes))
+    """Records from the store to the device, by a copy lane."""
+    plan = StreamPlan(group_size=TOP_K, pass_len=ROWS, depth=MIN_DEPTH, tile_rows=(ROWS,), devices=(bench.device,))
     count = bench.store.shape.num_experts // TOP_K
-    state = {"next": 0}
-
-    def copy() -> jax.Array:
-        first = TOP_K * (state["next"] % count)
-        state["next"] += 1
-        bench.store.copy_records(0, np.arange(first, first + TOP_K, dtype=np.int32), buffer)
-        return jax.device_put(buffer, bench.device, may_alias=True)
-
-    return buffer.nbytes / bench.time(copy) / 1e9
+    groups = guess(0, [range(count * TOP_K)], size=TOP_K, count=count)
+    with closing(CopyLane(bench.store, bench.device, plan)) as lane:
+        return link_gbps([lane], groups, depth=plan.depth)
 
 
 def _device_gbps(bench: Bench) -> float:
@@ -125,75 +126,25 @@ def _device_gbps(bench: Bench) -> float:
     num_bytes = sum(layer.weight.nbytes + layer.scale.nbytes for layer in layers)
     x = jnp.ones((1, 2 * HIDDEN), jnp.bfloat16)
     call = jax.jit(lambda x, layers: [linear(x, layer) for layer in layers])
-    return num_bytes / bench.time(lambda: call(x, layers)) / 1e9
+    return num_bytes / median_seconds(lambda: call(x, layers), bench.effort) / 1e9
 
 
 def _linear_tflops(bench: Bench) -> float:
     layer, x = _projection(bench, FFN, HIDDEN), jnp.ones((ROWS, HIDDEN), jnp.bfloat16)
     call = jax.jit(linear)
-    return 2 * ROWS * HIDDEN * FFN / bench.time(lambda: call(x, layer)) / 1e12
+    return 2 * ROWS * HIDDEN * FFN / median_seconds(lambda: call(x, layer), bench.effort) / 1e12
 
 
-def _grouped(bench: Bench) -> dict[str, float]:
+def _grouped(bench: Bench, tflops: Mapping[int, float]) -> dict[str, float]:
     """What a tile costs however few tokens it has, and what each token adds: from a short and a long one."""
-    few, many = 32, ROWS
-    short_s, long_s = _tile_s(bench, few), _tile_s(bench, many)
-    flops = 2 * GROUP * (many - few) * 3 * HIDDEN * FFN
-    per_token_s = (long_s - short_s) / (many - few)
-    fixed_s = max(short_s - few * per_token_s, 1e-9)
+    flops_per_row = 2 * bench.group_size * 3 * HIDDEN * FFN
+    short_s, long_s = (flops_per_row * rows / tflops[rows] / 1e12 for rows in (FEW_ROWS, ROWS))
+    per_row_s = (long_s - short_s) / (ROWS - FEW_ROWS)
+    fixed_s = max(short_s - FEW_ROWS * per_row_s, 1e-9)
     return {
-        "grouped_tflops": flops / (long_s - short_s) / 1e12,
-        "unpack_gbps": GROUP * bench.store.record_layout.num_bytes / fixed_s / 1e9,
+        "grouped_tflops": flops_per_row / per_row_s / 1e12,
+        "unpack_gbps": bench.group_size * bench.store.record_layout.num_bytes / fixed_s / 1e9,
     }
-
-
-def _tile_s(bench: Bench, num_tokens: int) -> float:
-    layout = bench.store.record_layout
-    records = np.zeros((GROUP, layout.num_bytes), np.uint8)
-    bench.store.copy_records(0, np.arange(GROUP, dtype=np.int32), records)
-    on_device, hidden = jax.device_put(records), jnp.ones((ROWS, HIDDEN), jnp.bfloat16)
-    rows = GroupRows(
-        tokens=jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), (GROUP, num_tokens)),
-        weights=jnp.ones((GROUP, num_tokens), jnp.float32),
-    )
-    call = jax.jit(
-        lambda routed, hidden, rows, records: VARIANTS["batched"](routed, hidden, rows, layout.unpack(records))
-    )
-    routed = jnp.zeros((ROWS, HIDDEN), jnp.float32)
-    return bench.time(lambda: call(routed, hidden, rows, on_device))
-
-
-def _attention_tflops(bench: Bench) -> float:
-    """The last block of a prompt of `CONTEXT` tokens, with some of the heads."""
-    key = jax.random.key(SEED)
-    queries = Queries(
-        nope=jax.random.normal(key, (ROWS, HEADS, NOPE), jnp.bfloat16),
-        rope=jax.random.normal(key, (ROWS, HEADS, ROPE), jnp.bfloat16),
-    )
-    up = UpProjections(
-        key=jnp.full((HEADS, NOPE, RANK), 0.01, jnp.bfloat16),
-        value=jnp.full((HEADS, VALUE, RANK), 0.01, jnp.bfloat16),
-        pool=bench.native_pool,
-    )
-    cache = jnp.full((CONTEXT // PAGE, PAGE, RANK + ROPE), 0x3C00, jnp.uint16)
-    table = jnp.arange(CONTEXT // PAGE, dtype=jnp.int32)
-    positions = jnp.arange(CONTEXT - ROWS, CONTEXT, dtype=jnp.int32)
-    chunk_len = 256
-
-    @jax.jit
-    def attend(queries: Queries, up: UpProjections, cache: jax.Array) -> jax.Array:
-        latents = jax.lax.bitcast_convert_type(cache, jnp.bfloat16).reshape(CONTEXT, -1)
-        context = Context(
-            chunk=lambda i: jax.lax.dynamic_slice_in_dim(latents, i * chunk_len, chunk_len),
-            chunk_len=chunk_len,
-            num_chunks=jnp.int32(CONTEXT // chunk_len),
-            positions=positions,
-            pages=Pages(cache, table),
-        )
-        return attend_decompressed(queries, up, context, scale=0.1)
-
-    pairs = ROWS * (CONTEXT - ROWS / 2)
-    return 2 * HEADS * (NOPE + ROPE + VALUE) * pairs / bench.time(lambda: attend(queries, up, cache)) / 1e12
 
 
 def _dispatch_s(bench: Bench) -> float:
@@ -206,9 +157,9 @@ def _dispatch_s(bench: Bench) -> float:
             x = step(x)
         return x
 
-    return bench.time(twenty) / 20
+    return median_seconds(twenty, bench.effort) / 20
 
 
 def _projection(bench: Bench, rows: int, cols: int) -> Projection:
-    weight, scale = random_matrix(np.random.default_rng(SEED), rows, cols)
+    weight, scale = random_matrix(np.random.default_rng(0), rows, cols)
     return Projection(jax.device_put(weight), jax.device_put(scale), codec=CODEC, pool=bench.native_pool)

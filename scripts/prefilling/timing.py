@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
+import itertools
 import time
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+from measuring.limits import link_gbps, square_tflops
 
+from hmoe_jax.exec.groups import guess, owned
 from hmoe_jax.exec.session import Session
 from hmoe_jax.exec.stream import StreamExecutor
-from hmoe_jax.perf.lanes import Recorder, Span, busy_seconds
-
-GEMM_SIZE = 2048
-LINK_GROUPS = 6
+from hmoe_jax.perf.lanes import Recorder, busy_seconds
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Round:
 
 
 def measure_limits(executor: StreamExecutor) -> Limits:
-    return Limits(link_gbps=_link_gbps(executor), gemm_tflops=_gemm_tflops(executor.stream.devices))
+    return Limits(link_gbps=_link_gbps(executor), gemm_tflops=square_tflops(executor.stream.devices))
 
 
 def run(session: Session) -> Round:
@@ -93,30 +90,9 @@ def _joined(recorders: list[Recorder]) -> Recorder:
 
 
 def _link_gbps(executor: StreamExecutor) -> float:
-    """All lanes at once, groups as in a prefill; the first ones only touch the buffers."""
-    size = min(executor.stream.group_size, executor.config.num_experts // len(executor.stream.devices))
-    layers, count = executor.config.num_moe_layers, executor.stream.depth + LINK_GROUPS
-    spans: list[Span] = []
-    for i in range(count):
-        first = i * size % (executor.config.num_experts - size + 1)
-        experts = np.arange(first, first + size, dtype=np.int32)
-        copies = [lane.submit(i % layers, experts) for lane in executor.lanes]
-        spans += [copy.result()[1] for copy in copies]
-    spans = spans[executor.stream.depth * len(executor.lanes) :]
-    return sum(span.num_bytes for span in spans) / busy_seconds(spans) / 1e9
-
-
-def _gemm_tflops(devices: tuple[jax.Device, ...]) -> float:
-    """Square products, of FP32 on the CPU platform (where the experts' products are) and of BF16 elsewhere."""
-    dtype = jnp.float32 if devices[0].platform == "cpu" else jnp.bfloat16
-    multiply = jax.jit(jnp.matmul)
-    operands = [jax.device_put(jnp.ones((GEMM_SIZE, GEMM_SIZE), dtype), device) for device in devices]
-    for operand in operands:
-        multiply(operand, operand).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        for product in [multiply(operand, operand) for operand in operands]:
-            product.block_until_ready()
-        seconds.append(time.perf_counter() - begin)
-    return len(devices) * 2 * GEMM_SIZE**3 / statistics.median(seconds) / 1e12
+    """Layer after layer, groups as in a prefill."""
+    stream, config = executor.stream, executor.config
+    owners, layers = owned(config.num_experts, len(stream.devices)), range(config.num_moe_layers)
+    copied = (guess(layer, owners, size=stream.group_size, count=config.num_experts) for layer in layers)
+    groups = itertools.chain.from_iterable(copied)
+    return link_gbps(executor.lanes, groups, depth=stream.depth)

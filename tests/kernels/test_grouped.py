@@ -9,7 +9,7 @@ import pytest
 
 from hmoe_jax.experts.store import StoreShape
 from hmoe_jax.kernels.grouped.experts import VARIANTS
-from hmoe_jax.kernels.grouped.products import project_bf16
+from hmoe_jax.kernels.grouped.products import BATCHED, project_bf16, ragged_product
 from hmoe_jax.kernels.grouped.routes import group_rows, sort_routes
 from hmoe_jax.kernels.moe_experts_reference import ExpertArrays, moe_experts_reference
 from hmoe_jax.quant.dequantize import dequantize
@@ -78,7 +78,12 @@ def test_products_of_bf16_lose_nothing(codec: str) -> None:
     exact = np.einsum("eci,eoi->eco", np.asarray(x, np.float64), weight)
     magnitude = np.einsum("eci,eoi->eco", np.abs(np.asarray(x, np.float64)), np.abs(weight))
     sums = shape.hidden * 2.0**-24
-    assert (np.abs(np.asarray(project_bf16(x, gate)) - exact) <= magnitude * (2.0**-16 + sums)).all()
+    sizes = np.array([4, 0, 9, 1, 7], np.int32)
+    used = np.arange(9) < sizes[:, None]
+    unpadded = ragged_product(jnp.asarray(sizes), owners=jnp.asarray(np.nonzero(used)[0], jnp.int32))
+    for product, rows in ((BATCHED, np.s_[:]), (unpadded, used)):
+        error = np.abs(np.asarray(project_bf16(x[rows], gate, product)) - exact[rows])
+        assert (error <= magnitude[rows] * (2.0**-16 + sums)).all()
     rounded = np.einsum("eci,eoi->eco", np.asarray(x, np.float64), weight.astype(jnp.bfloat16).astype(np.float64))
     if codec in ("fp8_block", "int4_group32"):  # the bound would notice one BF16 number in place of two
         assert (np.abs(rounded - exact) > magnitude * (2.0**-16 + sums)).any()

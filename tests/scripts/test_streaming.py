@@ -1,4 +1,4 @@
-"""`bench_prefill.py`, `plan.py` and `calibrate.py`, on models too small to time."""
+"""`bench_prefill.py`, `bench_grouped.py`, `plan.py`, `calibrate.py` and `gpu_suite.py`, on sizes too small to time."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from planning import machines, paper
-from planning.machines import load_rates, save_rates, sheet_rates
+from planning import paper
 
+from hmoe_jax.kernels.grouped.experts import VARIANTS
 from tests.scripts.run import SCRIPTS, finish
 from tests.tiny import write_tiny
 
@@ -79,26 +79,31 @@ def test_a_machine_that_nobody_measured_is_named(tmp_path: Path) -> None:
     assert "machine.json does not exist: run scripts/calibrate.py first" in stderr
 
 
-def test_rates_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    rates = sheet_rates("h100", num_gpus=2, dram_gbps=300.0, link_gbps=None)
-    assert save_rates(rates) == machines.rates_file()
-    assert load_rates() == rates
-    machines.rates_file().write_text('{"name": "half"}')
-    with pytest.raises(ValueError, match=r"run scripts/calibrate\.py again"):
-        load_rates()
-
-
 def test_calibration_measures_every_rate(tmp_path: Path) -> None:
     status, stdout, stderr = finish("calibrate", "--seconds=0.1", "--experts=8", "--json", cache=tmp_path)
     assert status == 0, stderr
     rates = json.loads(stdout.splitlines()[-1])
-    assert all(value > 0 for name, value in rates.items() if name != "name")
+    variants, best = rates.pop("variants"), rates["variant"]
+    assert all(value > 0 for name, value in rates.items() if name not in ("name", "variant"))
+    assert set(variants) == set(VARIANTS)
+    assert max(variants, key=lambda variant: variants[variant]["512"]) == best
+    assert f"the fastest {best}:" in stdout
     status, stdout, stderr = finish(
         "plan", "--gpu=measured", f"--model={MODELS / 'embedded'}", "--length=900", cache=tmp_path
     )
     assert status == 0, stderr
     assert "| 900 | 1 |" in stdout
+
+
+def test_every_way_to_multiply_a_group_is_measured(tmp_path: Path) -> None:
+    args = ["--hidden=256", "--ffn=128", "--rows=8", "--rows=3", "--calls=1", "--json", f"--out={tmp_path / 'out'}"]
+    status, stdout, stderr = finish("bench_grouped", *args, cache=tmp_path)
+    assert status == 0, stderr
+    results = json.loads(stdout.splitlines()[-1])
+    assert set(results["variants"]) == set(VARIANTS)
+    assert all(list(rates) == ["3", "8"] for rates in results["variants"].values())
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    assert "| 8 | " in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_the_gpu_suite_runs_without_a_gpu(tmp_path: Path) -> None:
@@ -107,7 +112,7 @@ def test_the_gpu_suite_runs_without_a_gpu(tmp_path: Path) -> None:
     results = json.loads(stdout.splitlines()[-1])
     assert set(results) == {"versions", "graph_executor", "copies", "overlap", "grouped", "attention"}
     assert results["graph_executor"]["relative_error"] == 0.0  # the same device twice
-    assert results["grouped"]["batched_16_tflops"] > 0
+    assert all(results["grouped"][f"{variant}_16_tflops"] > 0 for variant in VARIANTS)
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
     status, _, stderr = finish("gpu_suite", "--only=speed", f"--out={tmp_path / 'out'}", cache=tmp_path)
     assert status == 1

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from hmoe_jax.kernels.grouped.products import project
+from hmoe_jax.kernels.grouped.products import BATCHED, Product, project, ragged_product
 from hmoe_jax.kernels.grouped.routes import GroupRows
 from hmoe_jax.kernels.moe_experts_reference import ExpertArrays
 
@@ -20,9 +21,8 @@ def batched(
     routed: Float32[Array, "t d"], hidden: Float[Array, "t d"], rows: GroupRows, experts: ExpertArrays
 ) -> Float32[Array, "t d"]:
     """All experts of the group in one batched product for each matrix: they are dequantised together."""
-    x = hidden.at[rows.tokens].get(mode="fill", fill_value=0)
-    out = _mlp(x, experts) * rows.weights[..., None]
-    return lax.fori_loop(0, out.shape[0], lambda e, sums: _add_rows(sums, rows.tokens[e], out[e]), routed)
+    out = _mlp(_take(hidden, rows.tokens), experts, BATCHED)
+    return _add_experts(routed, rows, lambda e: out[e])
 
 
 def looped(
@@ -30,24 +30,55 @@ def looped(
 ) -> Float32[Array, "t d"]:
     """One expert after the other: the least memory."""
 
-    def add_expert(e: Int32[Array, ""], sums: Float32[Array, "t d"]) -> Float32[Array, "t d"]:
+    def compute(e: Int32[Array, ""]) -> Float32[Array, "c d"]:
         expert = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, e, 1), experts)
-        x = hidden.at[rows.tokens[e]].get(mode="fill", fill_value=0)
-        return _add_rows(sums, rows.tokens[e], _mlp(x[None], expert)[0] * rows.weights[e][:, None])
+        return _mlp(_take(hidden, rows.tokens[e])[None], expert, BATCHED)[0]
 
-    return lax.fori_loop(0, rows.tokens.shape[0], add_expert, routed)
-
-
-VARIANTS: dict[str, GroupedExperts] = {"batched": batched, "looped": looped}
+    return _add_experts(routed, rows, compute)
 
 
-def _mlp(x: Float[Array, "e c d"], experts: ExpertArrays) -> Float32[Array, "e c d"]:
-    inner = jax.nn.silu(project(x, experts.gate)) * project(x, experts.up)
-    return project(inner.astype(x.dtype), experts.down)
-
-
-def _add_rows(
-    sums: Float32[Array, "t d"], tokens: Int32[Array, " c"], out: Float32[Array, "c d"]
+def ragged(
+    routed: Float32[Array, "t d"], hidden: Float[Array, "t d"], rows: GroupRows, experts: ExpertArrays
 ) -> Float32[Array, "t d"]:
-    """In a fixed order: a token occurs once among those of an expert, so that no two additions meet."""
-    return sums.at[tokens].add(out, mode="drop", unique_indices=True)
+    """The used rows of all experts, one expert's after the other's, in one ragged product for each matrix.
+
+    No padding is multiplied where XLA has a program for it. Where it has none, it makes a copy of the rows for every
+    expert and multiplies them all: on the CPU platform 8.1 times the operations of a full tile of 8 experts.
+    """
+    num_places = rows.tokens.shape[1]
+    is_used = rows.tokens < hidden.shape[0]
+    order = jnp.argsort(~is_used.reshape(-1), stable=True).astype(jnp.int32)
+    sizes = is_used.sum(axis=1, dtype=jnp.int32)
+    product = ragged_product(sizes, owners=order // num_places)
+    out = _mlp(_take(hidden, rows.tokens.reshape(-1)[order]), experts, product)
+    begins = jnp.cumsum(sizes) - sizes
+    # Behind an expert's own rows come those of the next, in places of tokens past the end.
+    return _add_experts(routed, rows, lambda e: lax.dynamic_slice_in_dim(out, begins[e], num_places))
+
+
+VARIANTS: dict[str, GroupedExperts] = {"batched": batched, "looped": looped, "ragged": ragged}
+
+
+def _take(hidden: Float[Array, "t d"], tokens: Int32[Array, "*r"]) -> Float[Array, "*r d"]:
+    """Zeros for tokens past the end."""
+    return hidden.at[tokens].get(mode="fill", fill_value=0)
+
+
+def _mlp(x: Float[Array, "*r d"], experts: ExpertArrays, product: Product) -> Float32[Array, "*r d"]:
+    inner = jax.nn.silu(project(x, experts.gate, product)) * project(x, experts.up, product)
+    return project(inner.astype(x.dtype), experts.down, product)
+
+
+def _add_experts(
+    routed: Float32[Array, "t d"], rows: GroupRows, compute: Callable[[Int32[Array, ""]], Float32[Array, "c d"]]
+) -> Float32[Array, "t d"]:
+    """The outputs `compute(e)` of expert after expert, times their weights: always in this order.
+
+    A token occurs once among those of an expert, so that no two additions meet.
+    """
+
+    def add(e: Int32[Array, ""], sums: Float32[Array, "t d"]) -> Float32[Array, "t d"]:
+        out = compute(e) * rows.weights[e][:, None]
+        return sums.at[rows.tokens[e]].add(out, mode="drop", unique_indices=True)
+
+    return lax.fori_loop(0, rows.tokens.shape[0], add, routed)

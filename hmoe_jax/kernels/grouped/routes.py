@@ -26,7 +26,7 @@ class SortedRoutes:
 @record
 @dataclass(frozen=True)
 class GroupRows:
-    """Up to c tokens of each of g experts. An unused place has weight 0 and a token past the end, each another one."""
+    """Up to c tokens of each of g experts, then unused places: weight 0 and a token past the end, each another one."""
 
     tokens: Int32[Array, "g c"]
     weights: Float32[Array, "g c"]

@@ -1,0 +1,34 @@
+"""What links and matrix units reach when nothing else runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from hmoe_jax.exec.copies import CopyLane, Group
+from hmoe_jax.perf.lanes import Span, busy_seconds
+from measuring.timing import Effort, median_seconds
+
+NUM_GROUPS = 6
+
+
+def link_gbps(lanes: Sequence[CopyLane], groups: Iterable[Group], *, depth: int) -> float:
+    """All lanes at once, some of the groups in turn; the first `depth` of them only touch the lanes' buffers."""
+    spans: list[Span] = []
+    for group in itertools.islice(itertools.cycle(groups), depth + NUM_GROUPS):
+        copies = [lane.submit(group.layer, experts) for lane, experts in zip(lanes, group.experts, strict=True)]
+        spans += [copy.result()[1] for copy in copies]
+    counted = spans[depth * len(lanes) :]
+    return sum(span.num_bytes for span in counted) / busy_seconds(counted) / 1e9
+
+
+def square_tflops(devices: Sequence[jax.Device]) -> float:
+    """Square products, of FP32 on the CPU platform (where the experts' products are) and of BF16 elsewhere."""
+    size, dtype = (2048, jnp.float32) if devices[0].platform == "cpu" else (8192, jnp.bfloat16)
+    operands = [jax.device_put(jnp.ones((size, size), dtype), device) for device in devices]
+    multiply = jax.jit(jnp.matmul)
+    seconds = median_seconds(lambda: [multiply(operand, operand) for operand in operands], Effort(calls=5))
+    return len(devices) * 2 * size**3 / seconds / 1e12
