@@ -2,6 +2,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
@@ -103,6 +104,15 @@ void BindThreadPool(nb::module_& m) {
       .def("close", &PyThreadPool::Close);
 }
 
+void BindGpuDriver(nb::module_& m) {
+  const auto init = [](const std::string& library) { return Check(GpuDriver::Open(library)); };
+  nb::class_<GpuDriver>(m, "GpuDriver").def(nb::new_(init), "library"_a = kGpuDriverLibrary);
+  nb::class_<PyPinnedBuffer>(m, "PinnedBuffer")
+      .def(nb::init<int64_t, const PyDriver&>(), "num_bytes"_a, "driver"_a)
+      .def("for_host", &PyPinnedBuffer::ForHost)
+      .def("for_gpu", &PyPinnedBuffer::ForGpu, "device"_a);
+}
+
 void BindExpertStore(nb::module_& m) {
   nb::class_<PyMappedGuard>(m, "MappedGuard")
       .def(nb::init<PyBytes>(), "memory"_a.noconvert())
@@ -118,15 +128,14 @@ void BindExpertStore(nb::module_& m) {
       .def("add", &PyExpertStore::Add, "layer"_a, "expert"_a, "matrix"_a, "weights"_a.noconvert(),
            "scales"_a.noconvert().none(), "scale_dtype"_a = "float32")
       .def("freeze", &PyExpertStore::Freeze)
+      .def("pin_next", &PyExpertStore::PinNext, "driver"_a, "most_bytes"_a)
+      .def("record", &PyExpertStore::Record, "layer"_a, "expert"_a, "device"_a)
       .def("copy_records", &PyExpertStore::CopyRecords, "layer"_a, "experts"_a.noconvert(),
            "out"_a.noconvert())
       .def_prop_ro("record_bytes", &PyExpertStore::RecordBytes)
       .def("close", &PyExpertStore::Close)
       .def_prop_ro("id", &PyExpertStore::id)
-      .def_prop_ro("residency",
-                   [](PyExpertStore& self) {
-                     return self.store().residency() == Residency::kArena ? "arena" : "mmap";
-                   })
+      .def_prop_ro("residency", [](PyExpertStore& self) { return ResidencyName(self.store().residency()); })
       .def_prop_ro("placement_refusal", [](PyExpertStore& self) { return self.store().placement_refusal(); })
       .def("stats", &Stats)
       .def("reset_stats", [](PyExpertStore& self) { self.store().ResetStats(); });
@@ -138,6 +147,7 @@ void BindExpertStore(nb::module_& m) {
 NB_MODULE(_native, m) {
   using namespace hmoe;
   m.def("moe_experts", [] { return Capsule(kMoeExpertsHandler); });
+  m.def("moe_experts_gpu", [] { return Capsule(kMoeExpertsGpuHandler); });
   m.def("linear", [] { return Capsule(kLinearHandler); });
   m.def("mla_prefill", [] { return Capsule(kMlaPrefillHandler); });
   m.def("mla_attention", [] { return Capsule(kMlaAttentionHandler); });
@@ -151,5 +161,6 @@ NB_MODULE(_native, m) {
   m.def("naive_experts", &RunNaiveExperts, "store"_a, "hidden"_a.noconvert(), "ids"_a.noconvert(),
         "weights"_a.noconvert(), "out"_a.noconvert());
   BindThreadPool(m);
+  BindGpuDriver(m);
   BindExpertStore(m);
 }

@@ -1,9 +1,11 @@
-"""What every other module may use: error types, and records of arrays."""
+"""What every other module may use: error types, records of arrays, and where the engine keeps its files."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
@@ -39,6 +41,14 @@ class CheckpointError(HmoeError, ValueError):
         where = " ".join(part for part in (file, f"tensor '{tensor}'" if tensor else "") if part)
         detail = f": expected {expected}, got {actual}" if expected != "" or actual != "" else ""
         super().__init__(f"{where}: {problem}{detail}" if where else f"{problem}{detail}")
+
+
+def cache_home() -> Path:
+    """`$XDG_CACHE_HOME/hmoe_jax`, or the same below `~/.cache`: for what can be made again.
+
+    Raises `RuntimeError` where there is no home directory.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hmoe_jax"
 
 
 def unchecked(cls: type[T], **values: Any) -> T:

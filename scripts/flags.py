@@ -13,6 +13,9 @@ EMBEDDED_MODEL = REPOSITORY / "models" / "embedded"
 MODEL = flags.DEFINE_string("model", str(EMBEDDED_MODEL), "Hugging Face model folder; by default the embedded model.")
 _DTYPE = flags.DEFINE_enum("dtype", "auto", ["auto", "bfloat16", "float32"], "Dtype of activations.")
 _DEVICE = flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu"], "Where attention and sampling run.")
+_RESIDENCY = flags.DEFINE_enum(
+    "residency", "auto", ["auto", "mmap", "arena", "pinned"], "Where routed experts lie in host memory."
+)
 _EXECUTOR = flags.DEFINE_enum("executor", "auto", ["auto", "graph", "fused"], "Who computes the routed experts.")
 _PREFILL = flags.DEFINE_enum(
     "prefill_executor", "auto", ["auto", "step", "stream"], "Prompts: in place, or with experts copied to the device."
@@ -34,6 +37,7 @@ def engine_options() -> dict[str, Any]:
         "dtype": _DTYPE.value,
         "device": _DEVICE.value,
         "executor": _EXECUTOR.value,
+        "residency": _RESIDENCY.value,
         "prefill": _PREFILL.value,
         "prefill_devices": _PREFILL_DEVICES.value,
         "num_threads": threads if threads == "auto" else int(threads),

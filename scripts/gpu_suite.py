@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from absl import flags
 from mains import make_folder, print_json, run_main, write_atomically
-from suite import checks
+from suite import checks, streaming
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "models" / "embedded"
 
@@ -26,11 +26,13 @@ _ONLY = flags.DEFINE_multi_string("only", [], "Run these checks alone.")
 
 CHECKS: dict[str, Callable[[jax.Device, checks.Scale], checks.Figures]] = {
     "versions": checks.versions,
-    "graph_executor": partial(checks.graph_executor, model=EMBEDDED),
+    "executors": partial(streaming.executors, model=EMBEDDED),
     "copies": checks.copies,
+    "pinned": streaming.pinned,
     "overlap": checks.overlap,
     "grouped": checks.grouped,
     "attention": checks.attention,
+    "stream": partial(streaming.stream, model=EMBEDDED),
 }
 
 

@@ -13,11 +13,10 @@ from pathlib import Path
 from absl import flags
 from mains import print_json, run_main
 from planning import paper
-from planning.machines import GPUS, load_rates, sheet_rates
 
 from hmoe_jax.config import ModelConfig, read_config
 from hmoe_jax.exec.passes import StreamSizes, stream_sizes
-from hmoe_jax.exec.plan import find_hardware
+from hmoe_jax.exec.plan import PREFILL_LEN, find_hardware, stream_bytes
 from hmoe_jax.perf.cost import (
     DecodeCost,
     PrefillCost,
@@ -26,7 +25,9 @@ from hmoe_jax.perf.cost import (
     expert_bytes,
     prefill_cost,
     resident_bytes,
+    streams_from,
 )
+from hmoe_jax.perf.machines import GPUS, load_rates, sheet_rates
 from hmoe_jax.perf.sizes import cache_bytes_per_token
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
@@ -45,21 +46,20 @@ def main() -> None:
     named = MODELS / _MODEL.value
     config = read_config(named if named.is_dir() else Path(_MODEL.value))
     rates = _rates()
-    memory_bytes = _device_bytes()
+    memory_bytes, platform = _device()
     cache = max(_LENGTHS.value) * cache_bytes_per_token(config, itemsize=2)
-    left = max(memory_bytes - resident_bytes(config) - cache, 0)
 
     def sizes(num_devices: int) -> StreamSizes:
+        left = stream_bytes(config, memory_bytes, platform=platform, cache_bytes=cache, num_devices=num_devices)
         return stream_sizes(config, num_devices, memory_bytes=left, max_len=max(_LENGTHS.value))
 
     def shape(num_devices: int) -> dict[str, int]:
-        own = sizes(num_devices)
-        return {"pass_len": own.pass_len, "ahead_experts": (own.depth - 1) * own.group_size * num_devices}
+        return sizes(num_devices).costs(num_devices)
 
     print(_memory(config, memory_bytes, cache, sizes(rates.num_devices)))
     prefills = [prefill_cost(config, rates, length, **shape(rates.num_devices)) for length in _LENGTHS.value]
     decodes = [decode_cost(config, rates, batch=batch, context=_CONTEXT.value) for batch in _BATCHES.value]
-    print(f"\n{_prefill_table(prefills)}")
+    print(f"\n{_prefill_table(prefills)}\n\n{_threshold(config, rates, shape(rates.num_devices))}")
     print(f"\nDecode at {_CONTEXT.value:,} tokens of context, the two sides in turn:\n\n{_decode_table(decodes)}")
     if _MODEL.value == "deepseek-v3" and _GPU.value == paper.GPU:
         print(f"\n{paper.compare(config, rates, shape)}")
@@ -82,10 +82,20 @@ def _rates() -> Rates:
     return sheet_rates(_GPU.value, num_gpus=_NUM_GPUS.value, dram_gbps=_DRAM.value, link_gbps=_LINK.value)
 
 
-def _device_bytes() -> int:
+def _device() -> tuple[int, str]:
+    """Its memory in bytes, and its platform."""
     if _GPU.value == "measured":
-        return find_hardware("auto").memory_bytes
-    return int(GPUS[_GPU.value].memory_gb * 1e9)
+        hardware = find_hardware("auto")
+        return hardware.memory_bytes, hardware.platform
+    return int(GPUS[_GPU.value].memory_gb * 1e9), "gpu"
+
+
+def _threshold(config: ModelConfig, rates: Rates, costs: dict[str, int]) -> str:
+    longest = max(_LENGTHS.value)
+    shortest = streams_from(config, rates, max_len=longest, piece_len=PREFILL_LEN, **costs)
+    if shortest is None:
+        return f"No prompt of up to {longest:,} tokens is streamed sooner than the CPU computes it in place."
+    return f"Streamed sooner than the CPU computes them in place: prompts of {shortest:,} tokens and more."
 
 
 def _memory(config: ModelConfig, memory_bytes: int, cache: int, sizes: StreamSizes) -> str:

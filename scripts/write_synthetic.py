@@ -6,23 +6,13 @@ are as unequally busy as a real model's. The tokenizer is the embedded model's, 
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from pathlib import Path
 
 from absl import flags
-from flags import EMBEDDED_MODEL, REPOSITORY
 from mains import run_main
-from synthetic.fields import CODECS, Size, synthetic_fields
-from synthetic.shards import write_shards
-from synthetic.weights import RandomWeights
-from tqdm import tqdm
-from training.export import replacing
-
-from hmoe_jax.checkpoint.index import open_checkpoint
-from hmoe_jax.config import parse_config
-from hmoe_jax.exec.load import check_checkpoint
+from synthetic.fields import CODECS, Size
+from synthetic.folder import write_model
 
 _OUT = flags.DEFINE_string("out", None, "The folder to write; one that exists is replaced.", required=True)
 _DENSE_LAYERS = flags.DEFINE_integer("dense_layers", 1, "Layers without experts, at the start.", lower_bound=0)
@@ -48,20 +38,8 @@ def main() -> None:
         max_len=_MAX_LEN.value,
         codec=_CODEC.value,
     )
-    fields = synthetic_fields(REPOSITORY / "models" / "deepseek-v3", size)
-    config = parse_config(fields)
     begin = time.perf_counter()
-    weights = RandomWeights(config, seed=_SEED.value, skew=_SKEW.value)
-    with replacing(Path(_OUT.value)) as folder:
-        (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-            shutil.copyfile(EMBEDDED_MODEL / name, folder / name)
-        with tqdm(desc="writing", unit="B", unit_scale=True, disable=None) as bar:
-            for num_bytes in write_shards(folder, weights):
-                bar.update(num_bytes)
-        with open_checkpoint(folder) as checkpoint:
-            check_checkpoint(config, checkpoint)
-            total = checkpoint.total_bytes
+    total = write_model(Path(_OUT.value), size, seed=_SEED.value, skew=_SKEW.value)
     seconds = time.perf_counter() - begin
     print(f"{_OUT.value}: {total / 1e9:.2f} GB of {_CODEC.value} in {seconds:.1f} s, {total / seconds / 1e9:.2f} GB/s")
 

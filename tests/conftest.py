@@ -13,7 +13,10 @@ from hypothesis import settings
 from hmoe_jax.engine import Engine
 from hmoe_jax.exec.plan import PAGE_SIZE
 from hmoe_jax.exec.score import Scorer
+from tests.experts.gpu import driver, stand_in_library
 from tests.serving import MAX_LEN, NUM_PAGES, NUM_SLOTS, PREFILL_LEN, assert_idle, write_served
+
+__all__ = ["driver", "stand_in_library"]  # fixtures that are defined elsewhere
 
 # The same examples on every machine, however slow, and nothing left behind in the working directory.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)

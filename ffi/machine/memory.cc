@@ -17,11 +17,6 @@ namespace {
 constexpr int kBitsPerWord = 8 * sizeof(unsigned long);
 constexpr int kMaxMemoryNodes = 1024;  // as Linux has them at most
 
-uintptr_t PageSize() {
-  static const auto size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  return size;
-}
-
 // By the system call itself, so that libnuma is not needed.
 Status SetPolicy(uintptr_t begin, uintptr_t end, int mode, const unsigned long* nodes,
                  unsigned long num_bits) {
@@ -38,11 +33,18 @@ Status Prefer(uintptr_t begin, uintptr_t end, int memory_node) {
   return SetPolicy(begin, end, MPOL_PREFERRED, nodes, kMaxMemoryNodes);
 }
 
+uintptr_t RoundDown(uintptr_t address) { return address - address % static_cast<uintptr_t>(PageSize()); }
+
 }  // namespace
+
+int64_t PageSize() {
+  static const int64_t size = sysconf(_SC_PAGESIZE);
+  return size;
+}
 
 Result<Pages> Pages::Allocate(int64_t bytes) {
   if (bytes <= 0) return Fail("memory: expected a positive number of bytes, got ", bytes);
-  const auto size = static_cast<size_t>(bytes);
+  const auto size = static_cast<size_t>(bytes + (PageSize() - bytes % PageSize()) % PageSize());
   void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED)
     return Fail("memory: ", bytes, " bytes are not to be had: ", std::strerror(errno));
@@ -65,7 +67,7 @@ Status BindRows(std::span<uint8_t> memory, std::span<const int> memory_nodes) {
   const auto start = reinterpret_cast<uintptr_t>(memory.data());
   const auto seam = [&](int64_t part) {
     const auto offset = PartBegin(std::ssize(memory), part, std::ssize(memory_nodes));
-    return (start + static_cast<uintptr_t>(offset) + PageSize() / 2) / PageSize() * PageSize();
+    return RoundDown(start + static_cast<uintptr_t>(offset + PageSize() / 2));
   };
   for (int64_t part = 0; part < std::ssize(memory_nodes); ++part) {
     const int memory_node = memory_nodes[static_cast<size_t>(part)];
@@ -76,9 +78,9 @@ Status BindRows(std::span<uint8_t> memory, std::span<const int> memory_nodes) {
 }
 
 Status Unbind(std::span<uint8_t> memory) {
-  const auto begin = reinterpret_cast<uintptr_t>(memory.data()) / PageSize() * PageSize();
-  const auto end = reinterpret_cast<uintptr_t>(memory.data() + memory.size()) + PageSize() - 1;
-  return SetPolicy(begin, end / PageSize() * PageSize(), MPOL_DEFAULT, nullptr, 0);
+  const uintptr_t begin = RoundDown(reinterpret_cast<uintptr_t>(memory.data()));
+  const auto last = reinterpret_cast<uintptr_t>(memory.data() + memory.size() - 1);
+  return SetPolicy(begin, RoundDown(last) + static_cast<uintptr_t>(PageSize()), MPOL_DEFAULT, nullptr, 0);
 }
 
 }  // namespace hmoe

@@ -2,6 +2,7 @@
 // it does.
 #pragma once
 
+#include <array>
 #include <memory>
 #include <optional>
 #include <span>
@@ -23,6 +24,53 @@ using PyBytes =
 
 using PyIds = nanobind::ndarray<const int32_t, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>;
 using PyRecords = nanobind::ndarray<uint8_t, nanobind::ndim<2>, nanobind::c_contig, nanobind::device::cpu>;
+
+// One row of bytes.
+template <typename Framework, typename Device>
+using PyRow = nanobind::ndarray<Framework, uint8_t, nanobind::ndim<2>, Device>;
+using PyRowForHost = PyRow<nanobind::numpy, nanobind::device::cpu>;
+// Has __dlpack__. It would be read-only, but JAX asks for a version of DLPack that cannot say so.
+using PyRowForGpu = PyRow<nanobind::array_api, nanobind::device::cuda_host>;
+
+// Kept by `owner`; for a GPU by its number.
+template <typename Framework, typename Device>
+PyRow<Framework, Device> RowOf(std::shared_ptr<const void> owner, std::span<const uint8_t> bytes,
+                               int device = 0) {
+  using Owner = std::shared_ptr<const void>;
+  const nanobind::capsule kept(new Owner(std::move(owner)),
+                               [](void* held) noexcept { delete static_cast<Owner*>(held); });
+  const std::array<size_t, 2> shape = {1, bytes.size()};
+  return PyRow<Framework, Device>(const_cast<uint8_t*>(bytes.data()), shape.size(), shape.data(), kept,
+                                  nullptr, nanobind::dtype<uint8_t>(), Device::value, device);
+}
+
+using PyDriver = std::shared_ptr<const GpuDriver>;
+
+// Memory on the way from a store that is not pinned to a GPU.
+class PyPinnedBuffer {
+ public:
+  PyPinnedBuffer(int64_t num_bytes, const PyDriver& driver)
+      : num_bytes_(static_cast<size_t>(num_bytes)), memory_(std::make_shared<Memory>(num_bytes, driver)) {}
+
+  PyRowForHost ForHost() const { return RowOf<nanobind::numpy, nanobind::device::cpu>(memory_, bytes()); }
+  PyRowForGpu ForGpu(int device) const {
+    return RowOf<nanobind::array_api, nanobind::device::cuda_host>(memory_, bytes(), device);
+  }
+
+ private:
+  struct Memory {
+    Memory(int64_t num_bytes, const PyDriver& driver)
+        : pages(Check(Pages::Allocate(num_bytes))),
+          pinned(Check(PinnedMemory::Create(driver, pages.bytes()))) {}
+    Pages pages;
+    PinnedMemory pinned;  // goes first
+  };
+
+  std::span<const uint8_t> bytes() const { return memory_->pages.bytes().first(num_bytes_); }
+
+  const size_t num_bytes_;
+  const std::shared_ptr<Memory> memory_;
+};
 
 // Guards an array's memory, and keeps the array.
 class PyMappedGuard {
@@ -62,6 +110,21 @@ class PyExpertStore {
   }
 
   void Freeze() { Check(store_->Freeze()); }
+
+  int64_t PinNext(const PyDriver& driver, int64_t most_bytes) {
+    auto pinned = [&] {
+      const nanobind::gil_scoped_release unlocked;
+      return store_->PinNext(driver, most_bytes);
+    }();
+    return Check(std::move(pinned));
+  }
+
+  // [1, RecordBytes] of the store's own memory. It stays while the result lives, whenever the store is
+  // closed.
+  PyRowForGpu Record(int64_t layer, int64_t expert, int device) const {
+    const PinnedRecord record = Check(store_->Record(layer, expert));
+    return RowOf<nanobind::array_api, nanobind::device::cuda_host>(record.owner, record.bytes, device);
+  }
 
   int64_t RecordBytes() const { return Check(store_->RecordBytes()); }
 

@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
+
+#include "codec/codec.h"
 
 namespace hmoe {
 namespace {
@@ -24,13 +27,41 @@ Status Arena::Grow(int64_t bytes) {
   if (!pages.ok()) return Fail("the experts' ", pages.error().message);
   pages_.push_back(std::move(pages).value());
   used_ = 0;
+  records_.clear();
   // Ranges of one mapping that had no page yet when Bind split them are not always joined again after Unbind.
   pages_.back().bytes().front() = 0;
   return {};
 }
 
+void Arena::BeginRecord() {
+  used_ = RoundUp(used_, PageSize());
+  records_.push_back(used_);
+}
+
+Result<int64_t> Arena::PinNext(const std::shared_ptr<const GpuDriver>& driver, int64_t most_bytes) {
+  if (pages_.size() > 1) return Fail("the experts' memory is in ", pages_.size(), " pieces");
+  if (next_record_ == records_.size()) return 0;
+  const auto end_of = [&](size_t record) {
+    return record + 1 < records_.size() ? records_[record + 1] : RoundUp(used_, PageSize());
+  };
+  const int64_t begin = records_[next_record_];
+  int64_t end = end_of(next_record_++);
+  while (next_record_ < records_.size() && end_of(next_record_) - begin <= most_bytes)
+    end = end_of(next_record_++);
+  const auto records =
+      pages_.back().bytes().subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin));
+  auto pinned = PinnedMemory::Create(driver, records);
+  if (!pinned.ok()) {
+    pinned_.clear();
+    next_record_ = 0;
+    return pinned.error();
+  }
+  pinned_.push_back(std::move(pinned).value());
+  return end - begin;
+}
+
 Result<const uint8_t*> Arena::Copy(std::span<const uint8_t> matrix) {
-  const int64_t rounded = (std::ssize(matrix) + kAlign - 1) / kAlign * kAlign;
+  const int64_t rounded = RoundUp(std::ssize(matrix), kAlign);
   if (used_ + rounded > std::ssize(pages_.back().bytes())) {
     if (Status grown = Grow(rounded); !grown.ok()) return grown.error();
   }

@@ -26,6 +26,11 @@ Result<MatrixName> FindMatrixName(std::string_view name) {
   return Fail("matrix '", name, "' is unknown: expected gate, up or down");
 }
 
+const char* ResidencyName(Residency residency) {
+  constexpr const char* kNames[] = {"mmap", "arena", "pinned"};
+  return kNames[static_cast<int>(residency)];
+}
+
 Result<Residency> FindResidency(std::string_view name, int num_nodes) {
   if (name == "auto") return num_nodes > 1 ? Residency::kArena : Residency::kMmap;
   if (name == "mmap") return Residency::kMmap;
@@ -57,12 +62,13 @@ ExpertStore::ExpertStore(std::shared_ptr<Compute> compute, const Codec& codec, c
 
 Status ExpertStore::OpenArena() {
   if (residency_ != Residency::kArena) return {};
-  constexpr int64_t kPadding = 64 * 2 * kNumMatrices;  // each array of weights or scales begins a cache line
+  // Each array of weights or scales begins a cache line, and each expert a page.
+  const int64_t padding = kRecordAlign * 2 * kNumMatrices + PageSize();
   const int64_t expert_bytes =
       2 * codec_.MostBytes(shape_.ffn, shape_.hidden) + codec_.MostBytes(shape_.hidden, shape_.ffn);
-  auto arena = Arena::Create(pool(), shape_.layers * shape_.experts * (expert_bytes + kPadding));
+  auto arena = Arena::Create(pool(), shape_.layers * shape_.experts * (expert_bytes + padding));
   if (!arena.ok()) return arena.error();
-  arena_ = std::move(arena).value();
+  arena_ = std::make_shared<Arena>(std::move(arena).value());
   return {};
 }
 
@@ -105,6 +111,11 @@ Status ExpertStore::MoveToArena(Matrix& matrix, std::span<const uint8_t> weights
   return weights_guard.was_hit() || scales_guard.was_hit() ? CutOff() : Status();
 }
 
+Residency ExpertStore::residency() const {
+  const std::shared_lock lock(use_);
+  return residency_;
+}
+
 std::optional<std::string> ExpertStore::placement_refusal() const {
   const std::shared_lock lock(use_);
   return arena_ ? arena_->refusal() : std::nullopt;
@@ -134,6 +145,9 @@ Status ExpertStore::Add(int64_t layer, int64_t expert, MatrixName name, std::spa
       experts_[static_cast<size_t>(layer * shape_.experts + expert)].matrices[static_cast<size_t>(name)];
   if (held.weights != nullptr) return Fail(Place(layer, expert, name), ": was added before");
   if (arena_) {
+    const auto& matrices = Expert(layer, expert).matrices;
+    const auto is_new = [](const Matrix& matrix) { return matrix.weights == nullptr; };
+    if (std::ranges::all_of(matrices, is_new)) arena_->BeginRecord();
     if (Status moved = MoveToArena(matrix.value(), weights, scales); !moved.ok()) return moved;
   } else {
     sources_.push_back(weights);
@@ -205,6 +219,38 @@ Status ExpertStore::CopyRecords(int64_t layer, std::span<const int32_t> experts,
     }
   }
   return CheckIntact();
+}
+
+Result<int64_t> ExpertStore::PinNext(const std::shared_ptr<const GpuDriver>& driver, int64_t most_bytes) {
+  const std::unique_lock lock(use_);
+  if (state_ == State::kClosed) return closed_;
+  if (state_ == State::kBuilding) return Fail("the expert store is not frozen");
+  if (!arena_) return Fail("only an arena can be pinned: the experts lie in mapped files");
+  auto pinned = arena_->PinNext(driver, most_bytes);
+  if (pinned.ok() && pinned.value() == 0) residency_ = Residency::kPinned;
+  return pinned;
+}
+
+Result<PinnedRecord> ExpertStore::Record(int64_t layer, int64_t expert) const {
+  const auto reading = Read();
+  if (!reading.ok()) return reading.error();
+  if (residency_ != Residency::kPinned) return Fail("the expert store is not pinned");
+  if (Status checked = CheckPlace(layer, expert); !checked.ok()) return checked.error();
+  const auto record_bytes = RecordBytes();
+  if (!record_bytes.ok()) return record_bytes.error();
+  const ExpertWeights& weights = Expert(layer, expert);
+  const uint8_t* const begin = weights[MatrixName::kGate].weights;
+  const uint8_t* next = begin;
+  for (size_t name = 0; name < kNumMatrices; ++name) {
+    const Matrix& matrix = weights.matrices[name];
+    const uint8_t* const scales = next + RoundUp(part_bytes_[name][0], kRecordAlign);
+    if (matrix.weights != next || (part_bytes_[name][1] > 0 && matrix.scales != scales)) {
+      return Fail(Place(layer, expert, static_cast<MatrixName>(name)),
+                  ": was not added in the order gate, up, down");
+    }
+    next = scales + RoundUp(part_bytes_[name][1], kRecordAlign);
+  }
+  return PinnedRecord{arena_, {begin, static_cast<size_t>(record_bytes.value())}};
 }
 
 void ExpertStore::Close(Error error) {

@@ -43,14 +43,23 @@ struct StoreShape {
 // Every part of an expert's record begins a cache line, as every matrix in an arena does.
 inline constexpr int64_t kRecordAlign = 64;
 
-// Where the weights lie while the store lives.
-enum class Residency {
-  kMmap,   // where the caller of Add has them, who keeps them until Close has returned
-  kArena,  // in memory of the store's own, split over the NUMA nodes: the caller may let them go after Add
+// An expert's record where the store itself reads it, which stays there as long as `owner` lives.
+struct PinnedRecord {
+  std::shared_ptr<const Arena> owner;
+  std::span<const uint8_t> bytes;
 };
 
-// "auto" points into the caller's memory on one node. On several it copies, because the pages of a file lie
-// on the node that read them first, and half of all reads would cross between the sockets.
+// Where the weights lie while the store lives.
+enum class Residency {
+  kMmap,    // where the caller of Add has them, who keeps them until Close has returned
+  kArena,   // in memory of the store's own, split over the NUMA nodes: the caller may let them go after Add
+  kPinned,  // there, and GPUs read it too
+};
+const char* ResidencyName(Residency residency);
+
+// What a store can be made with: pinned it becomes by PinNext. "auto" points into the caller's memory on one
+// node. On several it copies, because the pages of a file lie on the node that read them first, and half of
+// all reads would cross between the sockets.
 Result<Residency> FindResidency(std::string_view name, int num_nodes);
 
 struct StoreStats {
@@ -71,6 +80,15 @@ class ExpertStore {
 
   // Refuses a store with holes, and names the first.
   Status Freeze();
+
+  // Pins the next part of a frozen store's arena for the GPUs of `driver`: whole experts, at least one.
+  // Returns its bytes; 0 when all is pinned, and then the residency is kPinned. What fails unpins everything,
+  // and the store goes on as an arena.
+  Result<int64_t> PinNext(const std::shared_ptr<const GpuDriver>& driver, int64_t most_bytes);
+
+  // Fails for a store that is not pinned or not open, and if its matrices were not added in the order of
+  // records.
+  Result<PinnedRecord> Record(int64_t layer, int64_t expert) const;
 
   // An expert as one record: gate, up and down, of each the weights and then the scales, every part at a
   // multiple of kRecordAlign bytes. Fails for a store whose experts differ in the number of their scales.
@@ -97,7 +115,7 @@ class ExpertStore {
   const Codec& codec() const { return codec_; }
   const Isa& isa() const { return compute_->isa; }
   ThreadPool& pool() const { return *compute_->pool; }
-  Residency residency() const { return residency_; }
+  Residency residency() const;
 
   // Why the arena could not be bound to the NUMA nodes, if it could not.
   std::optional<std::string> placement_refusal() const;
@@ -119,17 +137,18 @@ class ExpertStore {
   const std::shared_ptr<Compute> compute_;
   const Codec codec_;
   const StoreShape shape_;
-  const Residency residency_;
-  std::optional<Arena> arena_;  // with Residency::kArena, until Close
-  int64_t added_bytes_ = 0;     // of all experts, weights and scales
+  Residency residency_;
+  std::shared_ptr<Arena> arena_;  // unless the residency is kMmap, until Close
+  int64_t added_bytes_ = 0;       // of all experts, weights and scales
   std::vector<ExpertWeights> experts_;
   std::vector<std::span<const uint8_t>> sources_;  // what lies in the caller's memory, until it is frozen
   std::vector<MappedGuard> guards_;                // of all that, from then on
   std::array<std::array<int64_t, 2>, kNumMatrices> part_bytes_{};  // of weights and scales, as first added
   bool is_uniform_ = true;                                         // all experts have parts of those sizes
   State state_ = State::kBuilding;
-  Error closed_;                   // what callers are told then
-  mutable std::shared_mutex use_;  // shared: reading. Exclusive: changing experts_, arena_, state_, closed_.
+  Error closed_;  // what callers are told then
+  mutable std::shared_mutex
+      use_;  // shared: reading. Exclusive: changing experts_, arena_, residency_, state_, closed_.
 
   mutable std::mutex stats_mutex_;
   StoreStats stats_;

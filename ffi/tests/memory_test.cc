@@ -33,14 +33,14 @@ int NumMappings() {
 
 void TestPagesAreZeroAndMove() {
   Pages pages = Pages::Allocate(3 * kPage + 5).value();
-  CHECK_EQ(std::ssize(pages.bytes()), 3 * kPage + 5);
+  CHECK_EQ(std::ssize(pages.bytes()), 4 * kPage);
   CHECK(std::all_of(pages.bytes().begin(), pages.bytes().end(), [](uint8_t byte) { return byte == 0; }));
   pages.bytes().back() = 7;
   Pages other = std::move(pages);
   CHECK(pages.bytes().empty());
   CHECK_EQ(int{other.bytes().back()}, 7);
   other = Pages::Allocate(1).value();
-  CHECK_EQ(std::ssize(other.bytes()), 1);
+  CHECK_EQ(std::ssize(other.bytes()), kPage);
 }
 
 void TestMemoryThatIsNotToBeHadIsAnErrorValue() {

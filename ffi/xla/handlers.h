@@ -9,6 +9,9 @@ namespace hmoe {
 // f32.
 extern XLA_FFI_Handler* const kMoeExpertsHandler;
 
+// The same for programs on a GPU: the CPU computes, the GPU's stream waits.
+extern XLA_FFI_Handler* const kMoeExpertsGpuHandler;
+
 // x [t, in] bf16, weight [out, ...] and scale as the checkpoint stores them (no elements where the codec has
 // no scales); attributes pool s64, codec string; result [t, out] f32.
 extern XLA_FFI_Handler* const kLinearHandler;

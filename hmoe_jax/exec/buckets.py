@@ -9,13 +9,13 @@ from dataclasses import dataclass
 class Buckets:
     """Shapes that programs are compiled for, ascending: tokens of a prefill, sequences of a decode step.
 
-    Scored prefills (they need logits of every token) have one size, as they are rare. With `balances_prefill` a prompt
-    that needs several prefills is cut evenly: where each costs the same, however long it is.
+    Scored prefills (they need logits of every token) have one size, as they are rare, or those of all others (None).
+    With `balances_prefill` a prompt that needs several prefills is cut evenly: where each costs the same, however long.
     """
 
     prefill: tuple[int, ...]
     decode: tuple[int, ...]
-    scored: int
+    scored: int | None = None
     balances_prefill: bool = False
 
     def __post_init__(self) -> None:
@@ -37,7 +37,7 @@ class Buckets:
 
     def for_scored(self, num_tokens: int) -> int:
         """As `for_prefill`, for prefills that need logits of every token."""
-        return self.for_prefill(num_tokens) if self.balances_prefill else self.scored
+        return self.scored or self.for_prefill(num_tokens)
 
     def for_decode(self, num_sequences: int) -> int:
         return next(size for size in self.decode if size >= num_sequences)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Literal
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from hmoe_jax.core import cache_home
+
 logger = logging.getLogger(__name__)
 
 MIN_COMPILE_S = 0.1
@@ -19,9 +20,7 @@ MIN_COMPILE_S = 0.1
 
 
 def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/hmoe_jax/xla`, or the same below `~/.cache`."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "hmoe_jax" / "xla"
+    return cache_home() / "xla"
 
 
 def enable_compilation_cache(directory: str | Path | Literal["auto"] | None) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32, UInt8
 
 from hmoe_jax.exec.passes import StreamPlan
+from hmoe_jax.experts.pinned import StagingBuffer, in_device_memory
 from hmoe_jax.experts.records import ALIGN
 from hmoe_jax.experts.store import ExpertStore
 from hmoe_jax.perf.lanes import Recorder, Span
@@ -25,6 +27,9 @@ AXIS = "ep"
 NOBODY = -1
 """In place of an expert, where a device has fewer left than a group holds."""
 
+STAGING_BUFFERS = 3
+"""One is filled while another is sent; the third bridges what differs in their speed."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -34,38 +39,122 @@ class Group:
     experts: Int32[np.ndarray, "n g"]
 
 
+Records = tuple[UInt8[Array, "rows bytes"], ...]
+"""Of a group on one device, or on all: records one after the other, in arrays of as many rows each."""
+
+
+@runtime_checkable
+class RecordSource(Protocol):
+    """Brings the records of some experts to one device. Nobody may read what was brought `depth` times before."""
+
+    part_rows: int
+    """How many records an array has."""
+
+    def start(self, layer: int, experts: Int32[np.ndarray, " e"]) -> Callable[[], Records]:
+        """Starts what must be started now. The result finishes it, on the lane's thread, and returns a whole group:
+        rows past those of `experts` hold anything."""
+
+
+class HostRecords:
+    """For the CPU platform, where a buffer is the device's memory itself: `depth` of them, filled in turn."""
+
+    def __init__(self, store: ExpertStore, device: jax.Device, plan: StreamPlan):
+        self.part_rows = plan.group_size
+        self._store, self._device = store, device
+        shape = (plan.group_size, store.record_layout.num_bytes)
+        self._buffers = deque(aligned(shape) for _ in range(plan.depth))
+
+    def start(self, layer: int, experts: Int32[np.ndarray, " e"]) -> Callable[[], Records]:
+        self._buffers.rotate(-1)
+        buffer = self._buffers[0]
+
+        def finish() -> Records:
+            self._store.copy_records(layer, experts, buffer[: len(experts)])
+            return (jax.device_put(buffer, self._device, may_alias=True).block_until_ready(),)
+
+        return finish
+
+
+class PinnedRecords:
+    """From a pinned store, by the device's own copy engine.
+
+    Copies are started at once: a GPU's copy waits for what the device was told to compute before it.
+    """
+
+    part_rows = 1
+
+    def __init__(self, store: ExpertStore, device: jax.Device, plan: StreamPlan):
+        self._store, self._device, self._group_size = store, device, plan.group_size
+        self._sharding = in_device_memory(device)
+
+    def start(self, layer: int, experts: Int32[np.ndarray, " e"]) -> Callable[[], Records]:
+        chosen = experts if len(experts) else [0]  # programs have fixed shapes: one in vain
+        held = [self._store.record(layer, int(expert), self._device) for expert in chosen]
+        return partial(jax.block_until_ready, _padded(jax.device_put(held, self._sharding), self._group_size))
+
+
+class StagedRecords:
+    """From a store that is not pinned to a GPU, through a few pinned buffers: host memory is read and written once
+    more, and a copy may wait for what is computed."""
+
+    part_rows = 1
+
+    def __init__(self, store: ExpertStore, device: jax.Device, plan: StreamPlan):
+        self._store, self._group_size = store, plan.group_size
+        self._ring = deque(StagingBuffer(store.record_layout.num_bytes, device) for _ in range(STAGING_BUFFERS))
+
+    def start(self, layer: int, experts: Int32[np.ndarray, " e"]) -> Callable[[], Records]:
+        def finish() -> Records:
+            chosen = experts if len(experts) else np.zeros(1, np.int32)
+            sent = [self._send(layer, chosen[i : i + 1]) for i in range(len(chosen))]
+            return jax.block_until_ready(_padded(sent, self._group_size))
+
+        return finish
+
+    def _send(self, layer: int, expert: Int32[np.ndarray, " 1"]) -> UInt8[Array, "1 n"]:
+        self._ring.rotate(-1)
+        buffer = self._ring[0]
+        buffer.wait()
+        self._store.copy_records(layer, expert, buffer.memory)
+        return buffer.send()
+
+
+def record_source(store: ExpertStore, device: jax.Device, plan: StreamPlan) -> RecordSource:
+    """The fastest that the store and the device allow."""
+    if store.residency == "pinned":
+        return PinnedRecords(store, device, plan)
+    return (HostRecords if device.platform == "cpu" else StagedRecords)(store, device, plan)
+
+
 class CopyLane:
     """Copies records to one device, in the order asked, on a thread of its own, which `close` ends.
 
-    The lane owns `plan.depth` buffers, which it fills in turn: a copy may be asked for when nobody reads the one
-    `depth` before it any more. On the CPU platform a buffer is the device's memory itself. `plan.link_gbps` makes the
-    lane as slow as a link of that bandwidth would be.
+    A copy may be asked for when nobody reads the one `depth` before it any more. `link_gbps` makes the lane as slow as
+    a link of that bandwidth would be.
     """
 
     def __init__(self, store: ExpertStore, device: jax.Device, plan: StreamPlan):
-        self._store, self._device, self._link_gbps = store, device, plan.link_gbps
-        shape = (plan.group_size, store.record_layout.num_bytes)
-        self._buffers = deque(aligned(shape) for _ in range(plan.depth))
+        self.source = record_source(store, device, plan)
+        self._record_bytes, self._link_gbps = store.record_layout.num_bytes, plan.link_gbps
+        self._ended = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hmoe-copy")
 
-    def submit(self, layer: int, experts: Int32[np.ndarray, " g"]) -> Future[tuple[jax.Array, Span]]:
+    def submit(self, layer: int, experts: Int32[np.ndarray, " g"]) -> Future[tuple[Records, Span]]:
         """The records of these experts on the device; rows of `NOBODY`, which come last, hold anything."""
-        self._buffers.rotate(-1)
-        return self._thread.submit(self._copy, layer, experts[experts != NOBODY], self._buffers[0])
+        chosen, begin = experts[experts != NOBODY], time.perf_counter()
+        return self._thread.submit(self._timed, layer, len(chosen), begin, self.source.start(layer, chosen))
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
+        del self.source  # and its buffers
 
-    def _copy(
-        self, layer: int, experts: Int32[np.ndarray, " e"], buffer: UInt8[np.ndarray, "g n"]
-    ) -> tuple[jax.Array, Span]:
-        begin = time.perf_counter()
-        self._store.copy_records(layer, experts, buffer[: len(experts)])
-        records = jax.device_put(buffer, self._device, may_alias=True).block_until_ready()
-        num_bytes = len(experts) * buffer.shape[1]
+    def _timed(self, layer: int, count: int, asked: float, finish: Callable[[], Records]) -> tuple[Records, Span]:
+        begin, num_bytes = max(asked, self._ended), count * self._record_bytes
+        records = finish()
         if self._link_gbps is not None:
             time.sleep(max(0.0, begin + num_bytes / self._link_gbps / 1e9 - time.perf_counter()))
-        return records, Span(f"layer {layer}", begin, time.perf_counter(), num_bytes)
+        self._ended = time.perf_counter()
+        return records, Span(f"layer {layer}", begin, self._ended, num_bytes)
 
 
 class ExpertStream:
@@ -78,7 +167,7 @@ class ExpertStream:
         """`lanes` are those of this process's devices, by their places in the mesh."""
         self._lanes, self._depth, self._recorder = lanes, depth, recorder
         self._sharding = NamedSharding(mesh, PartitionSpec(AXIS))
-        self._asked: deque[tuple[Group, list[Future[tuple[jax.Array, Span]]]]] = deque()
+        self._asked: deque[tuple[Group, list[Future[tuple[Records, Span]]]]] = deque()
         self._computing: deque[Any] = deque()
 
     @property
@@ -88,19 +177,22 @@ class ExpertStream:
 
     def ask(self, group: Group) -> None:
         if len(self._asked) + len(self._computing) >= self._depth:
-            self._computing.popleft().block_until_ready()
+            jax.block_until_ready(self._computing.popleft())
         copies = [lane.submit(group.layer, group.experts[place]) for place, lane in self._lanes.items()]
         self._asked.append((group, copies))
 
-    def take(self) -> tuple[Group, UInt8[Array, "e n"]]:
+    def take(self) -> tuple[Group, Records]:
         """The oldest group that was asked for, when it has come: the devices' records, along the axis of experts."""
         group, copies = self._asked.popleft()
         arrived = [copy.result() for copy in copies]
         for _, span in arrived:
             self._recorder.copied(span)
-        shards = [records for records, _ in arrived]
-        shape = (group.experts.size, shards[0].shape[1])
-        return group, jax.make_array_from_single_device_arrays(shape, self._sharding, shards)
+        return group, tuple(self._join(shards) for shards in zip(*(records for records, _ in arrived), strict=True))
+
+    def _join(self, shards: Sequence[UInt8[Array, "e bytes"]]) -> UInt8[Array, "ne bytes"]:
+        rows, num_bytes = shards[0].shape
+        shape = (rows * self._sharding.num_devices, num_bytes)
+        return jax.make_array_from_single_device_arrays(shape, self._sharding, list(shards))
 
     def computing(self, output: Any) -> None:
         """`output` becomes ready when the group that was taken last is not read any more."""
@@ -112,9 +204,13 @@ class ExpertStream:
             if not copy.cancel():
                 copy.exception()
         for output in self._computing:
-            output.block_until_ready()
+            jax.block_until_ready(output)
         self._asked.clear()
         self._computing.clear()
+
+
+def _padded(rows: list[UInt8[Array, "1 n"]], count: int) -> Records:
+    return tuple(rows + rows[-1:] * (count - len(rows)))
 
 
 def aligned(shape: tuple[int, int]) -> UInt8[np.ndarray, "g n"]:

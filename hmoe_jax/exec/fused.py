@@ -1,17 +1,22 @@
-"""The `fused` executor: one XLA program per step on the CPU platform, experts in native kernels called from inside it.
+"""The `fused` executor: one XLA program per step, experts in native kernels on the CPU, called from inside it.
 
-Expert weights never become arrays: the kernels read the checkpoint's mapped files through an `ExpertStore`.
+Expert weights never become arrays: the kernels read them through an `ExpertStore`. On a GPU the program waits for the
+CPU in every layer, and the CPU for the program.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 from hmoe_jax.architectures.deepseek_v3 import RoutedExperts
 from hmoe_jax.architectures.deepseek_v3_checkpoint import describe_experts
 from hmoe_jax.checkpoint.index import Checkpoint
+from hmoe_jax.checkpoint.progress import byte_progress
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.core import CheckpointError
+from hmoe_jax.exec import host_memory
 from hmoe_jax.exec.backend import ExpertBackend
 from hmoe_jax.exec.load import checks_mapped_scales, read_matrix, stored_bytes
 from hmoe_jax.experts.store import ExpertStore, ExpertTensor, StoreShape
@@ -19,29 +24,68 @@ from hmoe_jax.kernels.moe_experts import moe_experts
 from hmoe_jax.kernels.pool import ThreadPool
 from hmoe_jax.quant.formats import FORMATS
 
+logger = logging.getLogger(__name__)
+
+PlannedResidency = Literal["auto", "mmap", "arena", "pinned"]
+
+
+def maps_experts(residency: PlannedResidency, pool: ThreadPool) -> bool:
+    """Whether experts stay in the mapped files, where they are read when they are first chosen."""
+    return residency == "mmap" or (residency == "auto" and pool.num_nodes == 1)
+
 
 def load_experts(
-    config: ModelConfig, checkpoint: Checkpoint, *, pool: ThreadPool, advance: Callable[[int], None]
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    *,
+    pool: ThreadPool,
+    residency: PlannedResidency = "auto",
+    advance: Callable[[int], None],
 ) -> ExpertBackend:
-    """Maps all experts without copying them. The backend's `close` closes the store, not the pool.
+    """All experts, where `residency` says. The backend's `close` closes the store, not the pool.
 
-    `advance` is told the bytes of the scales that are checked: all else is read when it is chosen.
+    `advance` is told what is read now: all bytes for an arena, of mapped experts the scales that are checked. An arena
+    needs its own size of memory and one matrix of the largest tensor beside it; raises `ValueError` with the numbers,
+    before anything is read, where there is less. What shall be "pinned" is an arena until `pin_experts`.
     """
-    checks_scales = checks_mapped_scales(config, checkpoint)
+    specs = list(describe_experts(config))
+    is_mapped = maps_experts(residency, pool)
+    checks_scales = not is_mapped or checks_mapped_scales(config, checkpoint)
+    num_bytes = stored_bytes(checkpoint, [spec.projection for spec in specs])
+    if not is_mapped and num_bytes > host_memory.available_bytes():
+        raise ValueError(
+            f"residency {residency!r} needs {num_bytes:,} bytes of host memory for the routed experts, but "
+            f"{host_memory.available_bytes():,} are available: residency 'mmap' reads them from the files"
+        )
 
     def tensors() -> Iterator[ExpertTensor]:
-        for spec in describe_experts(config):
+        for spec in specs:
             weight, scale = read_matrix(checkpoint, spec.projection, checks_scales=checks_scales)
             yield ExpertTensor(spec.layer, spec.expert, spec.matrix, weight, scale)
-            advance(stored_bytes(checkpoint, spec.projection.scale) if checks_scales else 0)
+            read = spec.projection if not is_mapped else spec.projection.scale if checks_scales else ()
+            advance(stored_bytes(checkpoint, read))
 
     shape = StoreShape(config.num_moe_layers, config.num_experts, config.hidden_size, config.expert_ffn)
-    store = ExpertStore(tensors(), shape=shape, codec=_codec(config, checkpoint), pool=pool)
+    codec = _codec(config, checkpoint)
+    store = ExpertStore(tensors(), shape=shape, codec=codec, pool=pool, residency="mmap" if is_mapped else "arena")
 
     def bind(operand: tuple[()]) -> RoutedExperts:
         return lambda layer, hidden, ids, weights: moe_experts(hidden, ids, weights, layer=layer, store=store.id)
 
     return ExpertBackend(operand=(), bind=bind, store=store, close=store.close)
+
+
+def pin_experts(store: ExpertStore) -> None:
+    """What cannot be pinned stays as it is, which is said once, with the reason."""
+    with byte_progress(store.num_bytes, label="pinning") as advance:
+        try:
+            store.pin(advance=advance)
+        except ValueError as refusal:
+            logger.warning(
+                "experts are not pinned (%s): copies to a device go through host memory once more, and take at "
+                "least twice as long",
+                refusal,
+            )
 
 
 def _codec(config: ModelConfig, checkpoint: Checkpoint) -> str:

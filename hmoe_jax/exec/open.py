@@ -42,18 +42,19 @@ def open_executor(
     with ExitStack() as owned, open_checkpoint(folder) as checkpoint, jax.default_device(plan.device):
         check_checkpoint(config, checkpoint)
         guard = FileGuard(checkpoint)
-        num_bytes = bytes_to_read(config, checkpoint, maps_experts=plan.executor == "fused")
+        pool = owned.enter_context(ThreadPool(plan.num_threads, isa=plan.isa)) if plan.executor == "fused" else None
+        is_mapped = pool is not None and fused.maps_experts(plan.residency, pool)
+        num_bytes = bytes_to_read(config, checkpoint, maps_experts=is_mapped)
         with byte_progress(num_bytes, label="loading") as advance:
-            if plan.executor == "fused":
-                pool = ThreadPool(plan.num_threads, isa=plan.isa)
-                owned.callback(pool.close)
-                backend = fused.load_experts(config, checkpoint, pool=pool, advance=advance)
-                owned.callback(backend.close)
-                pool_id: int | None = pool.id
-            else:
+            if pool is None:
                 backend = graph.load_experts(config, checkpoint, dtype=plan.dtype, advance=advance)
-                pool_id = None
+            else:
+                backend = fused.load_experts(config, checkpoint, pool=pool, residency=plan.residency, advance=advance)
+            owned.callback(backend.close)
+            pool_id = None if pool is None else pool.id
             weights = load_weights(config, checkpoint, dtype=plan.dtype, pool=pool_id, advance=advance)
+        if plan.residency == "pinned" and backend.store is not None:
+            fused.pin_experts(backend.store)
         guard.check()  # what is not mapped was read now
         kept = ExitStack()
         kind = Executor if plan.stream is None else StreamExecutor

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import jax
 
 from hmoe_jax.config import ModelConfig
-from hmoe_jax.perf.cost import expert_bytes
+from hmoe_jax.perf.cost import Rates, expert_bytes
+from hmoe_jax.perf.machines import UNMEASURED_CPU
 
 MIN_DEPTH = 3
 """Groups on a device: one is computed, one is copied, and one waits, so that neither side waits for the host.
@@ -49,6 +50,16 @@ class StreamSizes:
     block_len: int = BLOCK_LEN
     variant: str = "batched"
 
+    def num_bytes(self, config: ModelConfig) -> int:
+        """Of each device's memory, beside weights and caches: the most that streaming takes."""
+        work = max(group_bytes(config, self.group_size), block_bytes(config, self.block_len))
+        records = self.depth * self.group_size * expert_bytes(config)
+        return work + records + self.pass_len * token_bytes(config)
+
+    def costs(self, num_devices: int) -> dict[str, int]:
+        """What `perf.cost.prefill_cost` wants to know of passes and of the ring."""
+        return {"pass_len": self.pass_len, "ahead_experts": (self.depth - 1) * self.group_size * num_devices}
+
     @property
     def widths(self) -> tuple[int, ...]:
         """Numbers of experts of a group that programs are compiled for."""
@@ -58,9 +69,12 @@ class StreamSizes:
 
 @dataclass(frozen=True)
 class StreamPlan(StreamSizes):
-    """And where: `link_gbps` slows copies down to such a link, for measurements."""
+    """And where, and from how many tokens on: shorter prompts are computed in place. `rates` predict durations.
+    `link_gbps` slows copies down to such a link, for measurements."""
 
+    rates: Rates = UNMEASURED_CPU
     devices: tuple[jax.Device, ...] = ()
+    least_tokens: int = 1
     link_gbps: float | None = None
 
 
@@ -75,14 +89,15 @@ def tile_rows(group_size: int) -> tuple[int, ...]:
 def group_bytes(config: ModelConfig, group_size: int, *, rows: int | None = None) -> int:
     """Of a device's memory that the product of a group takes, beside the records themselves.
 
-    The largest matrix of each expert in FP32 and as two BF16 numbers; and for `rows` tokens of each (default: of the
+    The records side by side, if they came one by one; the largest matrix of each expert in FP32 and as two BF16
+    numbers; and for `rows` tokens of each (default: of the
     largest tile) their inputs, the inner activations (gate, up, their product) and the outputs.
     """
     rows = rows or tile_rows(group_size)[-1]
     d, f = config.hidden_size, config.expert_ffn
     dequantised = f * d * (4 + 2 + 2)
     activations = rows * (d * (4 + 4) + f * 4 * 3)
-    return group_size * (dequantised + activations)
+    return group_size * (expert_bytes(config) + dequantised + activations)
 
 
 def block_bytes(config: ModelConfig, block_len: int = BLOCK_LEN) -> int:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, no_type_check
 
 import jax
 import jax.numpy as jnp
 
 from hmoe_jax.config import ModelConfig
+from hmoe_jax.exec import host_memory
 from hmoe_jax.exec.buckets import Buckets
+from hmoe_jax.exec.durations import Durations
 from hmoe_jax.exec.passes import CHUNK_LEN, MIN_PASS, StreamPlan, stream_sizes
 from hmoe_jax.kernels.pool import available_isas, resolve_num_threads
 from hmoe_jax.kv.pages import CacheLayout
+from hmoe_jax.perf.cost import Rates, prefill_cost, resident_bytes, streams_from
+from hmoe_jax.perf.machines import UNMEASURED_CPU, expected_rates
 from hmoe_jax.perf.sizes import count_parameters
 
 PAGE_SIZE = 64
@@ -25,15 +27,15 @@ PREFILL_LEN = 512
 """Tokens of a prompt that one step takes by default, where experts are computed in place."""
 
 STREAM_SHARE = 0.25
-"""The part of the device's memory that streaming may take."""
+"""The part of the memory that streaming may take on the CPU platform."""
+
+DEVICE_SHARE = 0.9
+"""The part of an accelerator's memory that is planned for: programs and the allocator's gaps take the rest."""
 
 KV_SHARE = 0.25
 """The part of the device's memory that the cache may take by default."""
 
 SMALLEST_PREFILL = 32
-
-CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""Where Linux tells a container how much memory it may use: control groups version 2 ("max" for all) and 1."""
 
 
 @no_type_check  # for run-time checkers: wrong types get the same ValueError under pytest as elsewhere
@@ -41,8 +43,10 @@ CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/
 class EngineOptions:
     """The user's wishes; "auto" and None leave the choice to `resolve`. Raises `ValueError` naming the option.
 
-    `prefill` "stream" copies experts to `prefill_devices` devices for prompts; "step" computes prompts as `executor`
-    does. `link_gbps` slows these copies down to a link's bandwidth, to see what streaming would do there.
+    `residency` says where routed experts lie in host memory (`ExpertStore`): in the mapped files, in an arena, or in an
+    arena that GPUs read too. `prefill` "stream" copies experts to `prefill_devices` devices for prompts; "step"
+    computes prompts as `executor` does; "auto" streams those that are predicted to gain by it. `link_gbps` slows copies
+    down to a link's bandwidth, to see what streaming would do there.
     """
 
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -52,6 +56,7 @@ class EngineOptions:
     num_threads: int | Literal["auto"] = "auto"
     device: Literal["auto", "cpu", "gpu"] = "auto"
     executor: Literal["auto", "graph", "fused"] = "auto"
+    residency: Literal["auto", "mmap", "arena", "pinned"] = "auto"
     prefill: Literal["auto", "step", "stream"] = "auto"
     prefill_devices: int = 1
     link_gbps: float | None = None
@@ -72,6 +77,7 @@ class EngineOptions:
             "dtype": ("auto", "bfloat16", "float32"),
             "device": ("auto", "cpu", "gpu"),
             "executor": ("auto", "graph", "fused"),
+            "residency": ("auto", "mmap", "arena", "pinned"),
             "prefill": ("auto", "step", "stream"),
         }
         for name, allowed in choices.items():
@@ -90,10 +96,11 @@ def engine_options(options: Mapping[str, Any]) -> EngineOptions:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the plan needs to know of the machine: the chosen device and its memory."""
+    """What the plan needs to know of the machine: the chosen device, its memory, and how fast its parts are."""
 
     device: jax.Device
     memory_bytes: int
+    rates: Rates = UNMEASURED_CPU
 
     @property
     def platform(self) -> str:
@@ -106,6 +113,7 @@ class Plan:
 
     device: jax.Device
     executor: Literal["graph", "fused"]
+    residency: Literal["auto", "mmap", "arena", "pinned"]
     dtype: Any
     isa: str
     num_threads: int
@@ -126,13 +134,8 @@ def find_hardware(device: Literal["auto", "cpu", "gpu"]) -> Hardware:
     except RuntimeError as error:
         raise ValueError(f"device {device!r} is not available: {error}") from None
     stats = found.memory_stats() if found.platform != "cpu" else None
-    return Hardware(found, stats["bytes_limit"] if stats else _usable_ram_bytes())
-
-
-def _usable_ram_bytes() -> int:
-    limits = [file.read_text().strip() for file in CGROUP_LIMITS if file.is_file()]
-    ram_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min([ram_bytes, *(int(limit) for limit in limits if limit.isdecimal())])
+    memory_bytes = stats["bytes_limit"] if stats else host_memory.usable_bytes()
+    return Hardware(found, memory_bytes, expected_rates(found))
 
 
 def resolve(options: EngineOptions, config: ModelConfig, hardware: Hardware) -> Plan:
@@ -141,9 +144,8 @@ def resolve(options: EngineOptions, config: ModelConfig, hardware: Hardware) -> 
     dtype = config.dtype if options.dtype == "auto" else options.dtype
     if options.dtype == "auto":
         reasons["dtype"] = f"{dtype}, as the checkpoint says"
-    executor = _executor(options, hardware, dtype, reasons)
-    if executor == "graph":
-        _check_fits(config, hardware, dtype)
+    executor = _executor(options, config, hardware, dtype, reasons)
+    residency = _residency(options, hardware, executor, reasons)
     isa, isas = options.isa, available_isas()
     if isa != "auto" and isa not in isas:
         raise ValueError(f"isa must be auto or one of {', '.join(isas)}, which this CPU offers, got {isa!r}")
@@ -158,6 +160,7 @@ def resolve(options: EngineOptions, config: ModelConfig, hardware: Hardware) -> 
     return Plan(
         device=hardware.device,
         executor=executor,
+        residency=residency,
         dtype=jnp.dtype(dtype),
         isa=isa,
         num_threads=num_threads,
@@ -169,36 +172,46 @@ def resolve(options: EngineOptions, config: ModelConfig, hardware: Hardware) -> 
 
 
 def _executor(
-    options: EngineOptions, hardware: Hardware, dtype: str, reasons: dict[str, str]
+    options: EngineOptions, config: ModelConfig, hardware: Hardware, dtype: str, reasons: dict[str, str]
 ) -> Literal["graph", "fused"]:
-    if options.executor == "fused" and hardware.platform != "cpu":
-        raise ValueError(f"executor 'fused' needs device 'cpu', got {hardware.platform!r}")
+    needed, memory = _weight_bytes(config, dtype), hardware.memory_bytes
+    numbers = f"all weights need {needed:,} bytes and device {hardware.platform!r} has {memory:,}"
     if options.executor == "fused" and dtype == "float32":
         raise ValueError("executor 'fused' computes in bfloat16; dtype 'float32' needs executor 'graph'")
-    if options.executor != "auto":
-        return options.executor
-    if hardware.platform != "cpu":
-        reasons["executor"] = f"graph, as the device is {hardware.platform!r}: all weights must fit it"
-        return "graph"
-    if dtype == "float32":
-        reasons["executor"] = "graph, as dtype is float32"
-        return "graph"
-    reasons["executor"] = "fused: routed experts in native kernels, on the CPU platform"
-    return "fused"
+    if options.executor == "fused":
+        return "fused"
+    if options.executor == "auto" and dtype != "float32":
+        if hardware.platform == "cpu":
+            reasons["executor"] = "fused: routed experts in native kernels, on the CPU platform"
+            return "fused"
+        if needed > memory:
+            reasons["executor"] = f"fused: routed experts by the CPU, as {numbers}"
+            return "fused"
+    if needed > memory:
+        raise ValueError(f"executor 'graph' is refused, as {numbers}: use executor 'fused' and dtype 'bfloat16'")
+    if options.executor == "auto":
+        fits = f"all weights fit device {hardware.platform!r}"
+        reasons["executor"] = f"graph, as {'dtype is float32' if dtype == 'float32' else fits}"
+    return "graph"
 
 
-def _check_fits(config: ModelConfig, hardware: Hardware, dtype: str) -> None:
-    """Counts neither scales nor what a quantised checkpoint keeps in BF16: what is refused here cannot fit."""
+def _weight_bytes(config: ModelConfig, dtype: str) -> int:
+    """At least: neither scales nor what a quantised checkpoint keeps in BF16 is counted."""
     count, itemsize = count_parameters(config), jnp.dtype(dtype).itemsize
     matrices = count.attention + count.dense_mlp + count.shared_experts + count.routed
     bits = config.quantization.smallest_bits if config.quantization else itemsize * 8
-    weight_bytes = matrices * bits // 8 + (count.total - matrices) * itemsize
-    if weight_bytes > hardware.memory_bytes:
-        raise ValueError(
-            f"executor 'graph' needs all weights in memory, at least {weight_bytes:,} bytes, but device "
-            f"{hardware.platform!r} has {hardware.memory_bytes:,}: "
-            "use executor 'fused' with device 'cpu' and dtype 'bfloat16'"
-        )
+    return matrices * bits // 8 + (count.total - matrices) * itemsize
+
+
+def _residency(
+    options: EngineOptions, hardware: Hardware, executor: str, reasons: dict[str, str]
+) -> Literal["auto", "mmap", "arena", "pinned"]:
+    if options.residency != "auto" and executor != "fused":
+        raise ValueError(f"residency {options.residency!r} needs executor 'fused', got {executor!r}")
+    if options.residency == "auto" and executor == "fused" and hardware.platform != "cpu":
+        reasons["residency"] = f"pinned, for copies to device {hardware.platform!r}"
+        return "pinned"
+    return options.residency
 
 
 def _layout(
@@ -240,43 +253,83 @@ def _stream(
     layout: CacheLayout,
     reasons: dict[str, str],
 ) -> StreamPlan | None:
-    if options.prefill != "stream":
-        if options.prefill_devices > 1:
-            raise ValueError(f"prefill_devices {options.prefill_devices} needs prefill 'stream'")
-        if options.link_gbps is not None:
-            raise ValueError(f"link_gbps {options.link_gbps} needs prefill 'stream'")
-        return None
-    if executor != "fused":
+    """How prompts are streamed; None where all of them are computed in place."""
+    if options.prefill == "stream" and executor != "fused":
         raise ValueError(f"prefill 'stream' needs executor 'fused', with experts in host memory, got {executor!r}")
-    devices = jax.devices(hardware.platform)
+    planned = None
+    if executor == "fused" and options.prefill != "step":
+        planned = _plan_stream(options, config, hardware, layout, reasons)
+    if planned is None and options.prefill_devices > 1:
+        raise ValueError(f"prefill_devices {options.prefill_devices} needs prefill 'stream'")
+    if planned is None and options.link_gbps is not None:
+        raise ValueError(f"link_gbps {options.link_gbps} needs prefill 'stream'")
+    return planned
+
+
+def _plan_stream(
+    options: EngineOptions, config: ModelConfig, hardware: Hardware, layout: CacheLayout, reasons: dict[str, str]
+) -> StreamPlan | None:
+    """None if it was left to us and no prompt gains by it."""
+    devices, is_free = jax.devices(hardware.platform), options.prefill == "auto"
     if options.prefill_devices > len(devices):
         raise ValueError(f"prefill_devices {options.prefill_devices}: {hardware.platform!r} has {len(devices)} devices")
     chosen = tuple(devices[: options.prefill_devices])
     if hardware.device not in chosen:
         raise ValueError(f"prefill_devices {options.prefill_devices}: none of them is process {jax.process_index()}'s")
-    # Devices of the CPU platform share one memory.
-    shares = len(chosen) if hardware.platform == "cpu" else 1
-    memory_bytes = int(hardware.memory_bytes * STREAM_SHARE) // shares
-    sizes = stream_sizes(config, len(chosen), memory_bytes=memory_bytes, max_len=layout.max_len)
-    stream = StreamPlan(**vars(sizes), devices=chosen, link_gbps=options.link_gbps)
-    reasons["stream"] = (
-        f"passes of at most {stream.pass_len} tokens, experts in groups of {stream.group_size} on each of "
-        f"{len(chosen)} device(s)"
+    cache = layout.num_bytes(jnp.bfloat16)
+    memory_bytes = stream_bytes(
+        config, hardware.memory_bytes, platform=hardware.platform, cache_bytes=cache, num_devices=len(chosen)
     )
-    return stream
+    try:
+        sizes = stream_sizes(config, len(chosen), memory_bytes=memory_bytes, max_len=layout.max_len)
+    except ValueError as error:
+        if not is_free:
+            raise
+        reasons["prefill"] = f"step: {error}"
+        return None
+    link = options.link_gbps or hardware.rates.link_gbps
+    rates = replace(hardware.rates, link_gbps=link, num_devices=len(chosen))
+    costs, least = sizes.costs(len(chosen)), 1
+    if is_free:
+        shortest = streams_from(config, rates, max_len=layout.max_len, piece_len=PREFILL_LEN, **costs)
+        if shortest is None:
+            reasons["prefill"] = f"step: no prompt is streamed sooner, by the rates of {rates.name}"
+            return None
+        least = shortest
+        reasons["prefill"] = f"stream from {least} tokens on, by the rates of {rates.name}"
+    cancelling = Durations(config, rates).cancelling(sizes, layout.max_len)
+    longest = prefill_cost(config, rates, layout.max_len, **costs)
+    reasons["stream"] = (
+        f"passes of at most {sizes.pass_len} tokens, experts in groups of {sizes.group_size} on each of "
+        f"{len(chosen)} device(s); {layout.max_len} tokens should take {longest.seconds:.3g} s, limited by "
+        f"{longest.limit} ({rates.name}), and is cancelled within {cancelling * 1e3:.0f} ms"
+    )
+    sizes = replace(sizes, variant=rates.variant)
+    return StreamPlan(**vars(sizes), rates=rates, devices=chosen, least_tokens=least, link_gbps=options.link_gbps)
+
+
+def stream_bytes(config: ModelConfig, memory_bytes: int, *, platform: str, cache_bytes: int, num_devices: int) -> int:
+    """Of each device's memory that streaming may take: what weights and cache leave of an accelerator's.
+
+    Devices of the CPU platform share one memory, with experts and page cache: there it is a share.
+    """
+    if platform == "cpu":
+        return int(memory_bytes * STREAM_SHARE) // num_devices
+    return max(int(memory_bytes * DEVICE_SHARE) - resident_bytes(config) - cache_bytes, 0)
 
 
 def _buckets(options: EngineOptions, layout: CacheLayout, stream: StreamPlan | None) -> Buckets:
     """32, 128, 512... tokens and 1, 4, 16... sequences up to the limits: padding against programs to compile."""
-    longest = min(stream.pass_len, layout.max_len) if stream is not None else layout.max_len
-    default = longest if stream is not None else PREFILL_LEN
-    limit = min(options.max_prefill_tokens or default, longest)
     decode = _geometric(1, options.max_num_seqs)
-    if stream is not None:  # only buffers are padded, so that few sizes do
-        prefill = _geometric(MIN_PASS, limit, factor=8)
-        return Buckets(prefill=prefill, decode=decode, scored=prefill[-1], balances_prefill=True)
-    prefill = _geometric(SMALLEST_PREFILL, limit)
-    return Buckets(prefill=prefill, decode=decode, scored=prefill[min(1, len(prefill) - 1)])
+    if stream is None:
+        prefill = _geometric(SMALLEST_PREFILL, min(options.max_prefill_tokens or PREFILL_LEN, layout.max_len))
+        return Buckets(prefill=prefill, decode=decode, scored=prefill[min(1, len(prefill) - 1)])
+    longest = min(stream.pass_len, layout.max_len)
+    limit = min(options.max_prefill_tokens or longest, longest)
+    in_place = _geometric(SMALLEST_PREFILL, min(stream.least_tokens - 1, limit)) if stream.least_tokens > 1 else ()
+    streamed = _geometric(MIN_PASS, limit, factor=8)  # only buffers are padded, so that few sizes do
+    prefill = (*in_place, *(size for size in streamed if size >= stream.least_tokens))
+    return Buckets(prefill=prefill, decode=decode, balances_prefill=True)
 
 
 def _geometric(first: int, limit: int, *, factor: int = 4) -> tuple[int, ...]:

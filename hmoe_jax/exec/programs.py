@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -82,12 +82,7 @@ class Executor:
 
     def warm_up(self) -> list[Callable[[], object]]:
         """One job for each program that serving can need; after all have run, nothing compiles any more."""
-        programs: list[tuple[StepFunction, PrefillBatch | DecodeBatch]] = [
-            *((prefill, self.empty_prefill(size)) for size in self.buckets.prefill),
-            (prefill_scored, self.empty_prefill(self.buckets.scored)),
-            *((decode, self.empty_decode(size)) for size in self.buckets.decode),
-        ]
-        return [partial(self._program, function, batch) for function, batch in programs]
+        return self._compilations(self.buckets.prefill)
 
     @property
     def programs(self) -> dict[tuple[str, int], Callable[..., Any]]:
@@ -119,6 +114,16 @@ class Executor:
             array.delete()
         self._guard = None
         self._on_close()
+
+    def _compilations(self, prefill_sizes: Sequence[int]) -> list[Callable[[], object]]:
+        """One job for each program of decoding, and of prefills of these sizes."""
+        scored = sorted({self.buckets.for_scored(size) for size in prefill_sizes})
+        programs: list[tuple[StepFunction, PrefillBatch | DecodeBatch]] = [
+            *((prefill, self.empty_prefill(size)) for size in prefill_sizes),
+            *((prefill_scored, self.empty_prefill(size)) for size in scored),
+            *((decode, self.empty_decode(size)) for size in self.buckets.decode),
+        ]
+        return [partial(self._program, function, batch) for function, batch in programs]
 
     def _make_state(self) -> DeviceState:
         return DeviceState(self.layout.allocate(self._dtype), empty_state(self.num_slots, self.config.vocab_size))

@@ -9,21 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Float32, Int32, UInt8
+from jaxtyping import Array, Float, Float32, Int32
 
 from hmoe_jax.architectures import deepseek_v3
 from hmoe_jax.architectures.deepseek_v3 import Attend, Layer, Seam, Tokens
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.core import record, unchecked
 from hmoe_jax.exec.batch import PrefillBatch
-from hmoe_jax.exec.copies import AXIS
+from hmoe_jax.exec.copies import AXIS, Records
+from hmoe_jax.exec.durations import BlockName
 from hmoe_jax.exec.step import prefill_attention, prefill_tokens
 from hmoe_jax.experts.records import RecordLayout
 from hmoe_jax.kernels.grouped.experts import VARIANTS
@@ -78,7 +79,7 @@ class QuantumPrograms:
 
     def block(
         self,
-        name: Literal["dense", "front", "back"],
+        name: BlockName,
         layer: Layer,
         state: Pass,
         cache: Array,
@@ -106,7 +107,7 @@ class QuantumPrograms:
         routes: SortedRoutes,
         experts: Int32[np.ndarray, "n s"],
         places: Int32[np.ndarray, "n s"],
-        records: UInt8[Array, "ng bytes"],
+        records: Records,
         *,
         first: int,
         rows: int,
@@ -185,16 +186,17 @@ class QuantumPrograms:
         hidden: Float[Array, "t d"],
         routes: SortedRoutes,
         choice: Int32[Array, "n 3 s"],
-        records: UInt8[Array, "g bytes"],
+        records: Records,
         *,
         rows: int,
     ) -> Float32[Array, "t d"]:
         """`choice` is, for each device, experts, their places among the records, and the first row."""
         experts, slots, first = choice[lax.axis_index(AXIS)]
-        if len(slots) < len(records):
-            records = records[slots]
+        stack = jnp.concatenate(records)
+        if len(slots) < len(stack):
+            stack = stack[slots]
         chosen = group_rows(routes, experts, first[0], capacity=rows, num_tokens=hidden.shape[0])
-        return VARIANTS[self._variant](routed, hidden, chosen, self._records.unpack(records))
+        return VARIANTS[self._variant](routed, hidden, chosen, self._records.unpack(stack))
 
     def _back(
         self, layer: Layer, state: Pass, cache: Array, batch: PrefillBatch, first: Array, *, block_len: int

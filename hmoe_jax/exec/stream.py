@@ -14,10 +14,10 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,16 +31,17 @@ from hmoe_jax.architectures.deepseek_v3 import Weights
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.exec.backend import ExpertBackend
 from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch
-from hmoe_jax.exec.copies import AXIS, NOBODY, CopyLane, ExpertStream, Group
+from hmoe_jax.exec.copies import AXIS, NOBODY, CopyLane, ExpertStream, Group, Records
+from hmoe_jax.exec.durations import MAX_RUNNING, BlockName, Durations
 from hmoe_jax.exec.groups import Tile, choose, guess, owned, tiles
 from hmoe_jax.exec.guard import FileGuard
 from hmoe_jax.exec.plan import Plan
 from hmoe_jax.exec.programs import Executor, StepCancelledError, StepFunction
+from hmoe_jax.exec.progress import prefill_progress
 from hmoe_jax.exec.quanta import DIVIDED, EVERYWHERE, Pass, QuantumPrograms
 from hmoe_jax.exec.step import (
     DeviceState,
     StepOutput,
-    decode,
     prefill,
     prefill_logits,
     prefill_scored,
@@ -48,15 +49,12 @@ from hmoe_jax.exec.step import (
 )
 from hmoe_jax.kernels.grouped.routes import SortedRoutes
 from hmoe_jax.nn.norm import rms_norm
-from hmoe_jax.perf.cost import used_share
+from hmoe_jax.perf.cost import prefill_cost, used_share
 from hmoe_jax.perf.lanes import Recorder
 from hmoe_jax.sampling import SamplerState, report
 
 LIKELY = 0.9
 """An expert is copied before its layer's router has chosen if it is at least so probable that some token chooses it."""
-
-MAX_RUNNING = 2
-"""Quanta that are started before the first of them has ended: enough that a device never waits for the host."""
 
 SCORED_ROWS = 128
 """Logits of so many tokens are held at a time, for the log-probabilities of a prompt."""
@@ -64,11 +62,13 @@ SCORED_ROWS = 128
 
 @dataclass(frozen=True)
 class Quantum:
-    """One step of a prefill that has been started on the devices: what, of which layer, of how many layers."""
+    """One step of a prefill that has been started on the devices: what, of which layer, of how many layers, and how
+    long it should compute."""
 
     name: str
     layer: int
     num_layers: int
+    predicted_s: float
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class _Prompt:
     """A piece of a prompt: its batch padded to whole blocks, on all devices."""
 
     everywhere: PrefillBatch
+    start: int
     length: int
     block_len: int
 
@@ -100,7 +101,7 @@ class StreamExecutor(Executor):
         stream, store = plan.stream, backend.store
         assert stream is not None
         assert store is not None
-        self.stream = stream
+        self.stream, self._durations = stream, Durations(config, stream.rates)
         self.recorder = Recorder()
         """Of the last prefill."""
         self.watches_computing = False
@@ -127,14 +128,14 @@ class StreamExecutor(Executor):
         *,
         is_cancelled: Callable[[], bool] = lambda: False,
     ) -> Any:
-        """As `Executor.run`; a prompt's quanta one after the other, until it `is_cancelled`."""
-        if isinstance(batch, DecodeBatch):
+        """As `Executor.run`; a long prompt's quanta one after the other, until it `is_cancelled`."""
+        if isinstance(batch, DecodeBatch) or len(batch.tokens) < self.stream.least_tokens:
             self._mirrors_are_stale = True
             return super().run(function, batch)
-        with closing(self.quanta(function, batch)) as quanta:
+        with closing(self.quanta(function, batch)) as quanta, self._progress(batch) as advance:
             while not is_cancelled():
                 try:
-                    next(quanta)
+                    advance(next(quanta).predicted_s)
                 except StopIteration as end:
                     return end.value
         raise StepCancelledError
@@ -168,9 +169,10 @@ class StreamExecutor(Executor):
             return self._finish(function, batch, _here(state.x)[: len(batch.tokens)], routes)
 
     def warm_up(self) -> list[Callable[[], object]]:
-        """One job for each size of batch; a prompt's programs are compiled by running one."""
-        decodes = [partial(self._program, decode, self.empty_decode(size)) for size in self.buckets.decode]
-        return [*decodes, *(partial(self._warm_up_prefill, size) for size in self.buckets.prefill)]
+        """One job for each size of batch; a streamed prompt's programs are compiled by running one."""
+        in_place = [size for size in self.buckets.prefill if size < self.stream.least_tokens]
+        streamed = self.buckets.prefill[len(in_place) :]
+        return [*self._compilations(in_place), *(partial(self._warm_up_prefill, size) for size in streamed)]
 
     def reset(self) -> None:
         for array in jax.tree.leaves(self._mirrors):
@@ -185,9 +187,7 @@ class StreamExecutor(Executor):
             array.delete()
         super().close()
 
-    def _over_blocks(
-        self, name: Literal["dense", "front", "back"], index: int, state: Pass, prompt: _Prompt
-    ) -> Generator[Quantum, None, Pass]:
+    def _over_blocks(self, name: BlockName, index: int, state: Pass, prompt: _Prompt) -> Generator[Quantum, None, Pass]:
         layer, kind = self._everywhere.layers[index], self._kinds[index]
         for first in range(0, prompt.length, prompt.block_len):
             operands = (layer, state, self._cache(index), prompt.everywhere)
@@ -195,7 +195,8 @@ class StreamExecutor(Executor):
                 name, *operands, first=first, block_len=prompt.block_len, kind=kind
             )
             self._set_cache(index, cache)
-            yield self._started(name, index)
+            context = prompt.start + first
+            yield self._started(name, index, self._durations.block(name, prompt.block_len, context))
         return state
 
     def _groups(
@@ -210,27 +211,29 @@ class StreamExecutor(Executor):
             # The next copy is asked for before this group computes: on a GPU it would wait for what began before it.
             self._ask(experts, waiting)
             group, records = experts.take()
-            done: Array = records
-            for tile in tiles(counts, group, rows=self.stream.tile_rows, widths=self.stream.widths):
-                state = self._add_tile(tile, group, state, routes, records)
-                done = self.quantum_programs.done
-            experts.computing(done)
-            yield self._started("experts", index)
+            done: Any = records
+            try:
+                for tile in tiles(counts, group, rows=self.stream.tile_rows, widths=self.stream.widths):
+                    state = self._add_tile(tile, group, state, routes, records)
+                    done = self.quantum_programs.done
+                    yield self._started("experts", index, self._durations.tile(tile.rows, tile.slots.shape[1]))
+            finally:
+                experts.computing(done)
         self._ask(experts, waiting)
         return state
 
-    def _add_tile(self, tile: Tile, group: Group, state: Pass, routes: SortedRoutes, records: Array) -> Pass:
+    def _add_tile(self, tile: Tile, group: Group, state: Pass, routes: SortedRoutes, records: Records) -> Pass:
         places = np.maximum(tile.slots, 0)
         experts = np.where(tile.slots == NOBODY, NOBODY, np.take_along_axis(group.experts, places, axis=1))
         return self.quantum_programs.tile(state, routes, experts, places, records, first=tile.first, rows=tile.rows)
 
-    def _started(self, name: str, index: int) -> Quantum:
+    def _started(self, name: str, index: int, predicted_s: float) -> Quantum:
         """Waits until few enough quanta are under way that cancelling leaves the devices little to finish."""
         self.recorder.computing(name, self.quantum_programs.done)
         self._running.append(self.quantum_programs.done)
         if len(self._running) > MAX_RUNNING:
             self._running.popleft().block_until_ready()
-        return Quantum(name, index, self.config.num_layers)
+        return Quantum(name, index, self.config.num_layers, predicted_s)
 
     def _ask(self, experts: ExpertStream, waiting: deque[Group]) -> None:
         while waiting and len(experts.ahead) < self.stream.depth - 1:
@@ -265,12 +268,13 @@ class StreamExecutor(Executor):
         state = self.quantum_programs.begin(self._everywhere.embed, prompt.everywhere)
         state, routes, _ = self.quantum_programs.sort(state)
         nobody = np.full((self._num_devices, self.stream.group_size), NOBODY, np.int32)
-        records = np.zeros((nobody.size, self._records.num_bytes), np.uint8)
-        on_devices = jax.device_put(records, NamedSharding(self._mesh, DIVIDED))
+        part_rows = self.lanes[0].source.part_rows
+        part = np.zeros((self._num_devices * part_rows, self._records.num_bytes), np.uint8)
+        records = (jax.device_put(part, NamedSharding(self._mesh, DIVIDED)),) * (self.stream.group_size // part_rows)
         for rows, width in itertools.product(self.stream.tile_rows, self.stream.widths):
             if rows < 2 * len(state.x) or rows == self.stream.tile_rows[0]:  # an expert has no more rows
                 tile = Tile(0, rows, nobody[:, :width])
-                state = self._add_tile(tile, Group(0, nobody), state, routes, on_devices)
+                state = self._add_tile(tile, Group(0, nobody), state, routes, records)
 
     def _prompt(self, batch: PrefillBatch) -> _Prompt:
         """Blocks are of equal length, which the devices divide."""
@@ -280,7 +284,12 @@ class StreamExecutor(Executor):
         tokens, targets = (np.pad(each, (0, missing)) for each in (batch.tokens, batch.targets))
         padded = replace(batch, tokens=tokens, targets=targets)
         everywhere = jax.device_put(padded, NamedSharding(self._mesh, EVERYWHERE))
-        return _Prompt(everywhere, int(batch.length), block_len)
+        return _Prompt(everywhere, int(batch.start), int(batch.length), block_len)
+
+    def _progress(self, batch: PrefillBatch) -> AbstractContextManager[Callable[[float], None]]:
+        num_tokens = int(batch.length)
+        cost = prefill_cost(self.config, self.stream.rates, num_tokens, **self.stream.costs(self._num_devices))
+        return prefill_progress(cost.front_s + cost.experts_s, num_tokens=num_tokens, expected_s=cost.seconds)
 
     def _replicate(self, array: Array) -> Array:
         """On every device: this process's first one keeps the array itself."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import jax
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Array, Int32, UInt8
 
 from hmoe_jax.architectures.deepseek_v3_checkpoint import MATRICES, Matrix
+from hmoe_jax.experts.pinned import PIN_BYTES, as_array, open_driver
 from hmoe_jax.experts.records import Part, RecordLayout
 from hmoe_jax.kernels import _native
 from hmoe_jax.kernels.pool import ThreadPool
 from hmoe_jax.quant.formats import find_format
 
-Residency = Literal["auto", "mmap", "arena"]
+Residency = Literal["mmap", "arena", "pinned"]
 
 
 class ExpertTensor(NamedTuple):
@@ -71,6 +73,8 @@ class ExpertStore:
       rows `[n * rows / N, (n + 1) * rows / N)` of every matrix, rounded to pages.
     - "auto": "mmap" for a pool on one NUMA node, "arena" on several.
 
+    An arena becomes "pinned" by `pin`: GPUs then read it where it lies, at their own speed.
+
     Raises `ValueError` for a tensor of the wrong dtype, shape or layout, for one given twice, for a missing one, for
     sizes that the format cannot hold, and when the memory is not to be had.
     """
@@ -82,7 +86,7 @@ class ExpertStore:
         shape: StoreShape,
         codec: str,
         pool: ThreadPool,
-        residency: Residency = "auto",
+        residency: Literal["auto", "mmap", "arena"] = "auto",
     ):
         self.shape, self.codec, self._format = shape, codec, find_format(codec)
         for matrix in MATRICES:
@@ -123,7 +127,7 @@ class ExpertStore:
 
     @property
     def residency(self) -> Residency:
-        """ "mmap" or "arena"."""
+        """Where the weights lie."""
         return self.native.residency
 
     @property
@@ -141,12 +145,35 @@ class ExpertStore:
         assert layout.num_bytes == self.native.record_bytes
         return layout
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all experts as records."""
+        return self.shape.num_layers * self.shape.num_experts * self.native.record_bytes
+
     def copy_records(self, layer: int, experts: Int32[np.ndarray, " e"], out: UInt8[np.ndarray, "e n"]) -> None:
         """Copies experts of one layer as records (`record_layout`). Other Python threads run meanwhile.
 
         Raises `ValueError` for an id or a shape that is wrong, and when the store is closed.
         """
         self.native.copy_records(layer, experts, out)
+
+    def pin(self, *, advance: Callable[[int], None] = lambda num_bytes: None) -> None:
+        """Makes an arena "pinned": the GPU's driver locks it in memory, for all GPUs. `advance` is told bytes.
+
+        Raises `ValueError` with the driver's reason, where there is no driver or the process may not lock so much; then
+        nothing is locked and the store goes on as before.
+        """
+        driver = open_driver()
+        while num_bytes := self.native.pin_next(driver, PIN_BYTES):
+            advance(num_bytes)
+
+    def record(self, layer: int, expert: int, device: jax.Device) -> UInt8[Array, "1 n"]:
+        """A pinned store's own bytes of an expert (`record_layout`), which `device` may copy: the memory stays while
+        the array lives, whenever the store is closed.
+
+        Raises `ValueError` for a store that is not pinned or closed, and for an expert that there is not.
+        """
+        return as_array(self.native.record(layer, expert, device.local_hardware_id or 0), device)
 
     def stats(self) -> StoreStats:
         stats = self.native.stats()

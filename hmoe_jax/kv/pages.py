@@ -45,6 +45,11 @@ class CacheLayout:
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
+    def num_bytes(self, dtype: DTypeLike) -> int:
+        """Of all layers' pages, for latents of `dtype`."""
+        slots = self.num_layers * self.num_pages * self.page_size
+        return slots * self.latent_dim * jnp.dtype(dtype).itemsize
+
     def allocate(self, dtype: DTypeLike) -> tuple[UInt[Array, "pages slots w"], ...]:
         """One zeroed array per layer, for latents of `dtype`."""
         shape = (self.num_pages, self.page_size, self.latent_dim)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import jax
 
@@ -27,14 +28,17 @@ ROWS_PER_UNPACKING = 640
 class Rates:
     """Of one machine with `num_devices` accelerators. TFLOP/s count two operations per multiply-add.
 
-    `expert_gbps`: the CPU kernels' reading of experts, on all cores. `link_gbps`: host memory to one device.
+    `expert_gbps`: the CPU kernels' reading of experts, on all cores. `expert_tflops`: their products, for many tokens.
+    `link_gbps`: host memory to one device.
     `device_gbps`: a device's reading of weights when it decodes. `linear_tflops`, `grouped_tflops`, `attention_tflops`:
     one device's dense projections, routed experts and attention of a prompt. `unpack_gbps`: its turning of stored
     experts into what it multiplies, once for each tile of tokens. `dispatch_s`: starting one program.
+    `variant`: the fastest way to multiply a group (`kernels.grouped.VARIANTS`), whose rate `grouped_tflops` is.
     """
 
     name: str
     expert_gbps: float
+    expert_tflops: float
     link_gbps: float
     device_gbps: float
     linear_tflops: float
@@ -43,6 +47,7 @@ class Rates:
     unpack_gbps: float
     dispatch_s: float
     num_devices: int = 1
+    variant: str = "batched"
 
 
 @dataclass(frozen=True)
@@ -91,34 +96,93 @@ class DecodeCost:
 def prefill_cost(
     config: ModelConfig, rates: Rates, num_tokens: int, *, pass_len: int, ahead_experts: int = 0
 ) -> PrefillCost:
-    """A prompt in passes of at most `pass_len` tokens; `ahead_experts` are copied while a layer's front is computed.
+    """A streamed prompt in passes of at most `pass_len` tokens; `ahead_experts` are copied while a layer's front is
+    computed.
 
     A layer takes as long as its copies or its computation, whichever is longer; copies that have no room to run ahead
     wait for the front.
     """
-    num_passes = -(-num_tokens // pass_len)
-    count = count_parameters(config)
-    moe_layers = max(config.num_moe_layers, 1)
-    dense = count.attention + count.dense_mlp + count.shared_experts + count.routers
-    record = expert_bytes(config)
     copy_s = front_s = experts_s = seconds = 0.0
-    for index in range(num_passes):
-        tokens = (index + 1) * num_tokens // num_passes - index * num_tokens // num_passes
-        context = index * num_tokens // num_passes
-        pairs = tokens * context + tokens * (tokens + 1) / 2
-        attention = 2 * config.num_layers * config.num_heads * (config.qk_dim + config.v_dim) * pairs
-        front = 2 * dense * tokens / rates.linear_tflops / 1e12 + attention / rates.attention_tflops / 1e12
+    pieces = _pieces(num_tokens, pass_len)
+    for context, tokens in pieces:
         used = config.num_experts * used_share(config, tokens)
-        stored = moe_layers * used * record / 1e9
-        copy = stored / rates.link_gbps
-        tiles = 1.25 + tokens * config.top_k / used / ROWS_PER_UNPACKING
-        routed = 2 * count.chosen * tokens / rates.grouped_tflops / 1e12 + tiles * stored / rates.unpack_gbps
-        front, routed, copy = (each / rates.num_devices for each in (front, routed, copy))
+        stored = max(config.num_moe_layers, 1) * used * expert_bytes(config) / 1e9
+        front, routed = _front_s(config, rates, tokens, context), group_s(config, rates, tokens, used)
+        routed *= max(config.num_moe_layers, 1)
+        front, routed, copy = (each / rates.num_devices for each in (front, routed, stored / rates.link_gbps))
         beside_front = min(ahead_experts / used, 1.0) * copy
         waiting = max(routed, copy - min(beside_front, front))
         seconds += max(copy, front + waiting)
         copy_s, front_s, experts_s = copy_s + copy, front_s + front, experts_s + routed
-    return PrefillCost(num_tokens, num_passes, copy_s, front_s, experts_s, seconds)
+    return PrefillCost(num_tokens, len(pieces), copy_s, front_s, experts_s, seconds)
+
+
+def in_place_s(config: ModelConfig, rates: Rates, num_tokens: int, *, piece_len: int) -> float:
+    """Seconds of a prompt whose experts the CPU computes where they lie, in pieces: the two sides take turns."""
+    seconds = 0.0
+    for context, tokens in _pieces(num_tokens, piece_len):
+        used = config.num_experts * used_share(config, tokens)
+        read = config.num_moe_layers * used * expert_bytes(config) / rates.expert_gbps / 1e9
+        multiply = 2 * count_parameters(config).chosen * tokens / rates.expert_tflops / 1e12
+        seconds += max(read, multiply) + _front_s(config, rates, tokens, context)
+    return seconds
+
+
+def streams_from(config: ModelConfig, rates: Rates, *, max_len: int, piece_len: int, **passes: int) -> int | None:
+    """The shortest prompt that is streamed sooner than it is computed in place, and so is every longer one.
+
+    None if there is none up to `max_len` tokens. `passes` are what `prefill_cost` wants to know.
+    """
+    lengths = sorted({max_len, *(round(2 ** (i / 4)) for i in range(4 * max_len.bit_length()))})
+    shortest = None
+    for length in reversed([length for length in lengths if length <= max_len]):
+        in_place = in_place_s(config, rates, length, piece_len=piece_len)
+        if prefill_cost(config, rates, length, **passes).seconds >= in_place:
+            break
+        shortest = length
+    return shortest
+
+
+def group_s(config: ModelConfig, rates: Rates, tokens: int, experts: float | int) -> float:
+    """Seconds of one device for `experts` of a layer, when a pass has so many tokens that choose evenly."""
+    used = config.num_experts * used_share(config, tokens)
+    rows = tokens * config.top_k / used
+    repeated = 0.25 + rows / ROWS_PER_UNPACKING
+    again = repeated * experts * expert_bytes(config) / rates.unpack_gbps / 1e9
+    return tile_s(config, rates, rows, experts) + again
+
+
+def tile_s(config: ModelConfig, rates: Rates, rows: float | int, experts: float | int) -> float:
+    """Seconds of one device for `rows` tokens of each of so many experts, in one program."""
+    flops = 2 * experts * rows * 3 * config.hidden_size * config.expert_ffn
+    return flops / rates.grouped_tflops / 1e12 + experts * expert_bytes(config) / rates.unpack_gbps / 1e9
+
+
+def attention_s(config: ModelConfig, rates: Rates, tokens: int, context: int) -> float:
+    """Seconds of one device for a layer's attention of `tokens` after `context` others, projections included."""
+    projections = 2 * count_parameters(config).attention / config.num_layers * tokens
+    pairs = tokens * context + tokens * (tokens + 1) / 2
+    products = 2 * config.num_heads * (config.qk_dim + config.v_dim) * pairs
+    return projections / rates.linear_tflops / 1e12 + products / rates.attention_tflops / 1e12
+
+
+def mlp_s(config: ModelConfig, rates: Rates, tokens: int, inner: int) -> float:
+    """Seconds of one device for an MLP that is not routed."""
+    return 2 * tokens * 3 * config.hidden_size * inner / rates.linear_tflops / 1e12
+
+
+def _front_s(config: ModelConfig, rates: Rates, tokens: int, context: int) -> float:
+    """Of all layers but for the routed experts. Routers are too small to count."""
+    dense = config.num_dense_layers * mlp_s(config, rates, tokens, config.dense_ffn)
+    shared = config.num_moe_layers * mlp_s(config, rates, tokens, config.num_shared_experts * config.expert_ffn)
+    return config.num_layers * attention_s(config, rates, tokens, context) + dense + shared
+
+
+def _pieces(num_tokens: int, most: int) -> list[tuple[int, int]]:
+    """(where it begins, how long it is) of each, as evenly as they divide."""
+    count = -(-num_tokens // most)
+    edges = [index * num_tokens // count for index in range(count + 1)]
+    return [(begin, end - begin) for begin, end in itertools.pairwise(edges)]
 
 
 def decode_cost(config: ModelConfig, rates: Rates, *, batch: int, context: int) -> DecodeCost:
@@ -135,6 +199,7 @@ def used_share(config: ModelConfig, tokens: int) -> float:
     return 1 - (1 - config.top_k / config.num_experts) ** tokens
 
 
+@cache
 def expert_bytes(config: ModelConfig) -> int:
     """Of one routed expert: weights and scales."""
     return sum(_stored_bytes(spec.projection) for spec in itertools.islice(describe_experts(config), len(MATRICES)))

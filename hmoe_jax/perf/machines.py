@@ -1,13 +1,19 @@
-"""Accelerators by their data sheets, and this machine by its measured rates."""
+"""Rates of machines: this one's as measured, accelerators' by their data sheets."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import logging
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from hmoe_jax.exec.cache import default_cache_dir
+import jax
+
+from hmoe_jax.core import cache_home
+from hmoe_jax.kernels.pool import cpu_name
 from hmoe_jax.perf.cost import Rates
+
+logger = logging.getLogger(__name__)
 
 DISPATCH_S = 20e-6
 """Starting one program from Python, where nobody has measured it."""
@@ -17,6 +23,23 @@ PRODUCTS_PER_WEIGHT = 2
 
 BYTES_PER_BYTE = 9
 """Device memory's traffic for a byte of FP8 that is unpacked: it is read, and two BF16 numbers are written and read."""
+
+SERVER_GBPS, SERVER_TFLOPS = 200.0, 2.0
+"""Host memory and products of a two-socket server, roughly, where nobody has measured them."""
+
+UNMEASURED_CPU = Rates(
+    name="any CPU",
+    expert_gbps=20.0,
+    expert_tflops=0.5,
+    link_gbps=10.0,
+    device_gbps=15.0,
+    linear_tflops=0.3,
+    grouped_tflops=0.1,
+    attention_tflops=0.1,
+    unpack_gbps=2.0,
+    dispatch_s=5e-5,
+)
+"""The CPU platform's, roughly, by those of a two-core machine."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +58,24 @@ GPUS = {
     "rtx5090": Gpu(32.0, 1792.0, 209.0, 55.0),
     "rtxpro6000": Gpu(96.0, 1792.0, 252.0, 55.0),
     "h100": Gpu(80.0, 3350.0, 989.0, 55.0),
+    "h200": Gpu(141.0, 4800.0, 989.0, 55.0),
 }
 
 
-def sheet_rates(name: str, *, num_gpus: int, dram_gbps: float, link_gbps: float | None) -> Rates:
+def sheet_rates(
+    name: str,
+    *,
+    num_gpus: int = 1,
+    dram_gbps: float = SERVER_GBPS,
+    link_gbps: float | None = None,
+    cpu_tflops: float = SERVER_TFLOPS,
+) -> Rates:
+    """Limits that no program holds for long. Raises `KeyError` for a GPU that is not in `GPUS`."""
     gpu = GPUS[name]
     return Rates(
         name=name,
         expert_gbps=dram_gbps,
+        expert_tflops=cpu_tflops,
         link_gbps=link_gbps or gpu.link_gbps,
         device_gbps=gpu.memory_gbps,
         linear_tflops=gpu.bf16_tflops,
@@ -54,9 +87,33 @@ def sheet_rates(name: str, *, num_gpus: int, dram_gbps: float, link_gbps: float 
     )
 
 
+def machine_name(device: jax.Device) -> str:
+    """This machine's, as seen from a device: rates that were measured under another name are another machine's."""
+    return cpu_name() if device.platform == "cpu" else f"{cpu_name()}, {device.device_kind}"
+
+
+def expected_rates(device: jax.Device) -> Rates:
+    """What `scripts/calibrate.py` measured here, else those of its kind of device; of one device."""
+    try:
+        measured = load_rates()
+    except RuntimeError:  # no home directory
+        pass
+    except ValueError as error:
+        if rates_file().exists():
+            logger.warning("%s", error)
+    else:
+        if measured.name == machine_name(device):
+            return measured
+    if device.platform == "cpu":
+        return UNMEASURED_CPU
+    kind = str(device.device_kind).lower().replace(" ", "")
+    known = next((name for name in GPUS if name in kind), "rtx4090")
+    return replace(sheet_rates(known), name=f"data sheet of {known}")
+
+
 def rates_file() -> Path:
     """Beside the compiled programs: `~/.cache/hmoe_jax/machine.json`, or below `$XDG_CACHE_HOME`."""
-    return default_cache_dir().parent / "machine.json"
+    return cache_home() / "machine.json"
 
 
 def save_rates(rates: Rates) -> Path:
@@ -73,5 +130,5 @@ def load_rates() -> Rates:
         return Rates(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: run scripts/calibrate.py first") from None
-    except (TypeError, json.JSONDecodeError) as error:
+    except (OSError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: {error}: run scripts/calibrate.py again") from None

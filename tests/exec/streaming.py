@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,12 @@ from hmoe_jax.kernels.pool import ThreadPool
 
 @contextmanager
 def streaming(
-    folder: Path, *, num_devices: int = 1, options: dict[str, Any] | None = None, **sizes: Any
+    folder: Path,
+    *,
+    num_devices: int = 1,
+    residency: Literal["auto", "pinned"] = "auto",
+    options: dict[str, Any] | None = None,
+    **sizes: Any,
 ) -> Iterator[StreamExecutor]:
     """`sizes` replace those of the `StreamPlan`. Few sizes of tiles, as each is a program to compile."""
     config = read_config(folder)
@@ -34,8 +39,11 @@ def streaming(
     plan = replace(plan, dtype=jnp.dtype(jnp.float32), stream=replace(plan.stream, **{"tile_rows": (16, 128), **sizes}))
     with ExitStack() as owned, open_checkpoint(folder) as checkpoint, jax.default_device(plan.device):
         pool = owned.enter_context(ThreadPool(1))
-        backend = fused.load_experts(config, checkpoint, pool=pool, advance=lambda _: None)
+        backend = fused.load_experts(config, checkpoint, pool=pool, residency=residency, advance=lambda _: None)
         owned.callback(backend.close)
+        if residency == "pinned":
+            assert backend.store is not None
+            backend.store.pin()
         weights = load_weights(config, checkpoint, dtype=plan.dtype, pool=None, advance=lambda _: None)
         executor = StreamExecutor(config, weights, backend, plan=plan, guard=None, on_close=lambda: None)
         owned.callback(executor.close)

@@ -31,7 +31,7 @@ def test_sizes_must_ascend_from_one(name: str, sizes: tuple[int, ...]) -> None:
 
 
 def test_a_long_prompt_is_cut_evenly_where_every_prefill_costs_the_same() -> None:
-    streamed = Buckets(prefill=(8, 64), decode=(1,), scored=64, balances_prefill=True)
+    streamed = Buckets(prefill=(8, 64), decode=(1,), balances_prefill=True)
     assert [streamed.piece_len(remaining) for remaining in (1, 64, 65, 130)] == [1, 64, 33, 44]
     stepped = Buckets(prefill=(8, 64), decode=(1,), scored=8)
     assert [stepped.piece_len(remaining) for remaining in (1, 64, 65, 130)] == [1, 64, 64, 64]

@@ -28,7 +28,8 @@ class Lane(CopyLane):
         self.asked.append(layer)
         copy: Future[Any] = Future()
         if not self.is_stuck:
-            copy.set_result((jax.device_put(np.full((len(experts), 4), layer, np.uint8)), Span("copy", 0.0, 1.0, 8)))
+            records = jax.device_put(np.full((len(experts), 4), layer, np.uint8))
+            copy.set_result(((records,), Span("copy", 0.0, 1.0, 8)))
         return copy
 
 
@@ -60,7 +61,7 @@ def test_groups_are_taken_in_the_order_in_which_they_were_asked_for(stream: Expe
         stream.ask(group(layer))
     assert [each.layer for each in stream.ahead] == [0, 1, 2]
     for layer in range(DEPTH):
-        taken, records = stream.take()
+        taken, (records,) = stream.take()
         assert taken.layer == layer
         assert (np.asarray(records) == layer).all()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
-from dataclasses import fields
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -15,7 +15,6 @@ import pytest
 
 from hmoe_jax.architectures.deepseek_v3_checkpoint import expected_tensors
 from hmoe_jax.config import ModelConfig, parse_config, read_config
-from hmoe_jax.exec import plan as plan_module
 from hmoe_jax.exec.plan import (
     CHUNK_LEN,
     KV_SHARE,
@@ -28,6 +27,7 @@ from hmoe_jax.exec.plan import (
     resolve,
 )
 from hmoe_jax.kernels.pool import available_isas
+from hmoe_jax.perf.machines import sheet_rates
 from tests.tiny import CONFIGS
 
 GB = 10**9
@@ -35,6 +35,7 @@ GB = 10**9
 
 CPU = Hardware(jax.devices("cpu")[0], 64 * GB)
 GPU = Hardware(Mock(spec=jax.Device, platform="gpu"), 24 * GB)
+H100 = Hardware(GPU.device, 80 * GB, sheet_rates("h100"))
 
 
 def config(name: str = "deepseek") -> ModelConfig:
@@ -155,27 +156,6 @@ def test_a_machine_too_small_for_one_sequence_is_named_as_such() -> None:
         plan(hardware=Hardware(CPU.device, 1000))
 
 
-def write_limits(folder: Path, monkeypatch: pytest.MonkeyPatch, *limits: str) -> None:
-    files = [folder / str(version) for version in range(3)]
-    for file, limit in zip(files, limits, strict=False):
-        file.write_text(f"{limit}\n")
-    monkeypatch.setattr(plan_module, "CGROUP_LIMITS", files)
-
-
-@pytest.mark.parametrize("limits", [["1000000"], ["max", "1000000"], ["9223372036854771712", "1000000"]], ids=str)
-def test_a_containers_limit_is_its_memory(limits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_limits(tmp_path, monkeypatch, *limits)
-    assert find_hardware("cpu").memory_bytes == 1_000_000
-
-
-@pytest.mark.parametrize("limits", [[], ["max"], ["9223372036854771712"]], ids=str)
-def test_without_a_limit_all_memory_is_the_processs(
-    limits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_limits(tmp_path, monkeypatch, *limits)
-    assert find_hardware("cpu").memory_bytes == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 # --- wishes that cannot be met ---
 
 
@@ -209,7 +189,7 @@ def test_only_optional_sizes_may_be_none(name: str) -> None:
         EngineOptions(**{name: None})
 
 
-@pytest.mark.parametrize("name", ["dtype", "device", "executor"])
+@pytest.mark.parametrize("name", ["dtype", "device", "executor", "residency", "prefill"])
 @pytest.mark.parametrize("value", ["best", None, 3], ids=repr)
 def test_choices_are_listed_where_another_was_made(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name} must be one of auto, .*, got {value!r}"):
@@ -239,10 +219,11 @@ def test_the_cpus_memory_is_the_machines() -> None:
     assert found.memory_bytes > GB
 
 
-def test_on_a_gpu_all_weights_are_on_it() -> None:
+def test_on_a_gpu_that_is_large_enough_all_weights_are_on_it() -> None:
     chosen = plan(hardware=GPU)
     assert (chosen.executor, chosen.device) == ("graph", GPU.device)
-    assert chosen.reasons["executor"] == "graph, as the device is 'gpu': all weights must fit it"
+    assert chosen.reasons["executor"] == "graph, as all weights fit device 'gpu'"
+    assert chosen.residency == "auto"
 
 
 @pytest.mark.parametrize("wish", ["auto", "graph"])
@@ -250,7 +231,7 @@ def test_on_a_gpu_all_weights_are_on_it() -> None:
 def test_weights_that_cannot_fit_the_device_are_refused_with_both_numbers(wish: str, hardware: Hardware) -> None:
     deepseek = read_config(Path(__file__).parents[2] / "models" / "deepseek-v3")
     options = EngineOptions(executor=wish, dtype="float32")
-    message = rf"at least 67\d,\d\d\d,\d\d\d,\d\d\d bytes, but device .* has {hardware.memory_bytes:,}: use executor"
+    message = rf"need 67\d,\d\d\d,\d\d\d,\d\d\d bytes and device .* has {hardware.memory_bytes:,}: use executor"
     with pytest.raises(ValueError, match=message):
         resolve(options, deepseek, hardware)
     resolve(options, deepseek, Hardware(hardware.device, 700 * GB))
@@ -264,6 +245,60 @@ def test_no_estimate_exceeds_the_weights(name: str) -> None:
     resolve(EngineOptions(executor="graph", kv_cache_bytes=GB), config(name), Hardware(CPU.device, held))
 
 
-def test_native_kernels_need_the_cpu() -> None:
-    with pytest.raises(ValueError, match="executor 'fused' needs device 'cpu', got 'gpu'"):
-        plan(hardware=GPU, executor="fused")
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[jax.Device]:
+    """As if JAX had them."""
+    devices = [GPU.device]
+    monkeypatch.setattr(jax, "devices", lambda platform: {"gpu": devices}[platform])
+    return devices
+
+
+def test_weights_that_a_gpu_cannot_hold_stay_with_the_cpu(gpus: list[jax.Device]) -> None:
+    deepseek = read_config(Path(__file__).parents[2] / "models" / "deepseek-v3")
+    chosen = resolve(EngineOptions(max_model_len=4096), deepseek, GPU)
+    assert (chosen.executor, chosen.residency) == ("fused", "pinned")
+    assert "fused: routed experts by the CPU, as all weights need" in chosen.reasons["executor"]
+    assert chosen.reasons["residency"] == "pinned, for copies to device 'gpu'"
+    mapped = resolve(EngineOptions(max_model_len=4096, residency="mmap"), deepseek, GPU)
+    assert mapped.residency == "mmap"
+
+
+def test_long_prompts_of_a_large_model_are_streamed_to_a_gpu(gpus: list[jax.Device]) -> None:
+    deepseek = read_config(Path(__file__).parents[2] / "models" / "deepseek-v3")
+    chosen = resolve(EngineOptions(max_model_len=32768), deepseek, H100)
+    assert chosen.stream is not None
+    least = chosen.stream.least_tokens
+    assert 200 < least < 2000
+    assert chosen.reasons["prefill"] == f"stream from {least} tokens on, by the rates of h100"
+    assert re.search(
+        r"32768 tokens should take 1[0-9]\.?\d* s, limited by .* cancelled within \d+ ms", chosen.reasons["stream"]
+    )
+    in_place = [size for size in chosen.buckets.prefill if size < least]
+    assert in_place[:3] == [32, 128, 512 if least > 512 else least - 1]
+    assert in_place[-1] == least - 1
+    assert all(chosen.buckets.for_prefill(length) >= least for length in (least, 5000, 32768))
+    assert resolve(EngineOptions(max_model_len=32768, prefill="stream"), deepseek, H100).stream.least_tokens == 1
+    assert resolve(EngineOptions(max_model_len=32768, prefill="step"), deepseek, H100).stream is None
+
+
+def test_a_gpu_without_room_for_groups_computes_prompts_in_place(gpus: list[jax.Device]) -> None:
+    deepseek = read_config(Path(__file__).parents[2] / "models" / "deepseek-v3")
+    small = replace(GPU, memory_bytes=24 * GB)
+    chosen = resolve(EngineOptions(max_model_len=4096), deepseek, small)
+    assert chosen.stream is None
+    assert chosen.reasons["prefill"].startswith("step: streaming needs ")
+    with pytest.raises(ValueError, match=r"bytes are left for it"):
+        resolve(EngineOptions(max_model_len=4096, prefill="stream"), deepseek, small)
+
+
+def test_on_the_cpu_platform_no_prompt_gains_by_being_copied() -> None:
+    assert plan().reasons["prefill"] == "step: no prompt is streamed sooner, by the rates of any CPU"
+    with pytest.raises(ValueError, match="prefill_devices 2 needs prefill 'stream'"):
+        plan(prefill_devices=2)
+    with pytest.raises(ValueError, match=r"link_gbps 5\.0 needs prefill 'stream'"):
+        plan(link_gbps=5.0)
+
+
+def test_only_native_kernels_have_a_residency() -> None:
+    with pytest.raises(ValueError, match="residency 'arena' needs executor 'fused', got 'graph'"):
+        plan(executor="graph", residency="arena")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 
+from hmoe_jax.exec import copies
 from hmoe_jax.exec.batch import prefill_batch
 from hmoe_jax.exec.open import open_executor
 from hmoe_jax.exec.plan import EngineOptions
@@ -23,6 +25,7 @@ from hmoe_jax.exec.score import Scorer, load_for_scoring
 from hmoe_jax.exec.step import prefill, prefill_logits, prefill_scored
 from hmoe_jax.experts.store import ExpertStore
 from tests.exec.streaming import streaming
+from tests.experts.gpu import StandInDriver
 from tests.oracle.bounds import relative_error
 from tests.tiny import random_ids, write_tiny
 
@@ -204,3 +207,24 @@ def test_a_copy_that_fails_harms_no_later_prompt(
             with pytest.raises(ValueError, match="the link is down"):
                 scorer.logits(ids)
         np.testing.assert_array_equal(scorer.logits(ids), whole)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("kind", ["pinned", "staged"])
+def test_other_ways_to_the_device_give_the_same_bits(
+    reference: Reference, driver: StandInDriver, monkeypatch: pytest.MonkeyPatch, num_devices: int, kind: str
+) -> None:
+    folder, _ = reference("deepseek")
+    sizes: dict[str, Any] = {"num_devices": num_devices, "group_size": 3}
+    ids = [random_ids("deepseek", length).tolist() for length in (2, 90)]
+    with streaming(folder, **sizes) as executor:
+        expected = [Scorer(executor).logits(each) for each in ids]
+    if kind == "staged":
+        monkeypatch.setattr(copies, "HostRecords", copies.StagedRecords)
+    with streaming(folder, residency="auto" if kind == "staged" else "pinned", **sizes) as executor:
+        assert all(lane.source.part_rows == 1 for lane in executor.lanes)
+        assert driver.pinned_bytes > 0
+        for prompt, logits in zip(ids, expected, strict=True):
+            np.testing.assert_array_equal(Scorer(executor).logits(prompt), logits)
+        executor._warm_up_prefill(32)
+    gc.collect()

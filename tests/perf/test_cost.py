@@ -16,6 +16,7 @@ DEEPSEEK_V3 = read_config(Path(__file__).parents[2] / "models" / "deepseek-v3")
 FAST = Rates(
     name="fast",
     expert_gbps=400.0,
+    expert_tflops=4.0,
     link_gbps=55.0,
     device_gbps=3000.0,
     linear_tflops=500.0,

@@ -1,0 +1,40 @@
+"""How long the quanta of a streaming prefill should compute, by the model of costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hmoe_jax.config import ModelConfig
+from hmoe_jax.exec.passes import StreamSizes
+from hmoe_jax.perf.cost import Rates, attention_s, mlp_s, tile_s
+
+MAX_RUNNING = 2
+"""Quanta that are started before the first of them has ended: enough that a device never waits for the host."""
+
+BlockName = Literal["dense", "front", "back"]
+
+
+@dataclass(frozen=True)
+class Durations:
+    """In seconds, of one device of `rates.num_devices`."""
+
+    config: ModelConfig
+    rates: Rates
+
+    def block(self, name: BlockName, tokens: int, context: int) -> float:
+        """A part of a layer, for `tokens` after `context` others."""
+        config, own = self.config, -(-tokens // self.rates.num_devices)
+        if name == "back":
+            return mlp_s(config, self.rates, own, config.num_shared_experts * config.expert_ffn)
+        attention = attention_s(config, self.rates, own, context + tokens - own)
+        return attention + (mlp_s(config, self.rates, own, config.dense_ffn) if name == "dense" else 0.0)
+
+    def tile(self, rows: int, experts: int) -> float:
+        """`rows` tokens of each of so many experts of one device."""
+        return tile_s(self.config, self.rates, rows, experts)
+
+    def cancelling(self, sizes: StreamSizes, max_len: int) -> float:
+        """The longest from when a prompt is cancelled until nothing of it runs: what has been started is finished."""
+        block = self.block("front", sizes.block_len, max(max_len - sizes.block_len, 0))
+        return (MAX_RUNNING + 1) * max(block, self.tile(sizes.tile_rows[-1], sizes.group_size))

@@ -1,0 +1,37 @@
+"""Predicted durations of quanta: they add up to a prompt's, and keep cancelling short."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hmoe_jax.config import read_config
+from hmoe_jax.exec.durations import Durations
+from hmoe_jax.exec.passes import stream_sizes
+from hmoe_jax.perf.cost import prefill_cost
+from hmoe_jax.perf.machines import GPUS, sheet_rates
+
+DEEPSEEK_V3 = read_config(Path(__file__).parents[2] / "models" / "deepseek-v3")
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_quanta_add_up_to_the_prompt(num_devices: int) -> None:
+    config, length, block = DEEPSEEK_V3, 8192, 1024
+    rates = sheet_rates("h100", num_gpus=num_devices)
+    durations = Durations(config, rates)
+    blocks = range(0, length, block)
+    layers = {"dense": config.num_dense_layers, "front": config.num_moe_layers, "back": config.num_moe_layers}
+    front = sum(count * durations.block(name, block, first) for name, count in layers.items() for first in blocks)
+    rows = length * config.top_k // config.num_experts
+    tiles = config.num_moe_layers * 16 * durations.tile(rows, config.num_experts // num_devices // 16)
+    cost = prefill_cost(config, rates, length, pass_len=length)
+    assert front == pytest.approx(cost.front_s, rel=0.03)
+    assert tiles < cost.experts_s < 1.5 * tiles  # which has uneven routing in it
+
+
+@pytest.mark.parametrize(("gpu", "bound_s"), [("h100", 0.1), ("h200", 0.1), ("rtxpro6000", 0.1), ("rtx5090", 0.1)])
+def test_a_prompt_of_deepseek_v3_is_cancelled_in_a_tenth_of_a_second(gpu: str, bound_s: float) -> None:
+    """At half of the data sheet's rates."""
+    sizes = stream_sizes(DEEPSEEK_V3, 1, memory_bytes=int(GPUS[gpu].memory_gb * 0.9e9) - 20 * 10**9, max_len=32768)
+    assert 2 * Durations(DEEPSEEK_V3, sheet_rates(gpu)).cancelling(sizes, 32768) < bound_s
