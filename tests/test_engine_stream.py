@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,6 +16,8 @@ from hmoe_jax.core import CheckpointError
 from hmoe_jax.engine import Engine
 from hmoe_jax.exec.score import load_for_scoring
 from hmoe_jax.exec.stream import Quantum, StreamExecutor
+from hmoe_jax.perf.machines import UNMEASURED_CPU, machine_name, save_rates
+from tests.experts.gpu import StandInDriver
 from tests.serving import assert_idle, greedy
 from tests.tiny import random_ids, write_tiny
 
@@ -148,3 +154,79 @@ def test_a_prompt_after_decoding_sees_what_was_decoded(folder: Path) -> None:
             rows.append(scorer.logits(tokens[30:], start=30))
     error = np.linalg.norm(rows[0] - rows[1], axis=-1) / np.linalg.norm(rows[0], axis=-1)
     assert np.median(error) < 0.05  # BF16; a router may turn a near tie
+
+
+def test_two_engines_stream_side_by_side(folder: Path, streamed: Engine) -> None:
+    prompts = [ids(200, seed=7), ids(150, seed=8)]
+    alone = [streamed.generate(prompt, greedy(4), use_tqdm=False)[0].outputs[0].token_ids for prompt in prompts]
+    with (
+        Engine(folder, prefill="stream", prefill_devices=2, warm_up=False, **OPTIONS) as other,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        engines = (streamed, other)
+        running = [
+            threads.submit(engine.generate, prompt, greedy(4), use_tqdm=False)
+            for engine, prompt in zip(engines, prompts, strict=True)
+            for _ in range(2)
+        ]
+        together = [each.result()[0].outputs[0].token_ids for each in running]
+    assert together == [alone[0], alone[0], alone[1], alone[1]]
+
+
+def test_a_pinned_engine_writes_the_same_text(
+    folder: Path, streamed: Engine, driver: StandInDriver, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompt = ids(90, seed=9)
+    (expected,) = streamed.generate(prompt, greedy(4), use_tqdm=False)
+    with Engine(folder, prefill="stream", residency="pinned", warm_up=False, **OPTIONS) as engine:
+        assert driver.pinned_bytes > 0
+        (actual,) = engine.generate(prompt, greedy(4), use_tqdm=False)
+    assert driver.pinned_bytes == 0
+    assert actual.outputs[0].token_ids == expected.outputs[0].token_ids
+    assert "not pinned" not in caplog.text
+
+
+def test_what_cannot_be_pinned_is_used_and_said_once(
+    folder: Path, driver: StandInDriver, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver.fail("cuMemHostRegister_v2")
+    with Engine(folder, residency="pinned", warm_up=False, **OPTIONS) as engine:
+        (output,) = engine.generate(ids(5), greedy(2), use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 2
+    (said,) = [message for message in caplog.messages if "not pinned" in message]
+    assert "cuMemHostRegister: out of memory" in said
+
+
+def test_prompts_are_streamed_from_the_length_that_gains(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compilations: list[str]
+) -> None:
+    """On a machine whose CPU multiplies slowly beside its link and its device."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    slow = {
+        "expert_gbps": 100.0,
+        "expert_tflops": 0.001,
+        "link_gbps": 1.0,
+        "grouped_tflops": 10.0,
+        "unpack_gbps": 100.0,
+    }
+    save_rates(replace(UNMEASURED_CPU, name=machine_name(jax.devices("cpu")[0]), **slow))
+    with Engine(folder, **OPTIONS) as engine:
+        stream = engine.plan.stream
+        assert stream is not None
+        assert 20 < stream.least_tokens < 300
+        executor, streamed_lengths = engine._executor, []
+        assert isinstance(executor, StreamExecutor)
+        quanta = executor.quanta
+
+        def note(function: Any, batch: Any) -> Any:
+            streamed_lengths.append(int(batch.length))
+            return quanta(function, batch)
+
+        monkeypatch.setattr(executor, "quanta", note)
+        num_compiled = len(compilations)
+        prompts = [ids(length) for length in (5, stream.least_tokens - 1, stream.least_tokens, 350)]
+        params = greedy(2, prompt_logprobs=0)
+        outputs = [engine.generate(prompt, params, use_tqdm=False)[0] for prompt in prompts]
+        assert compilations[num_compiled:] == []
+    assert streamed_lengths == [stream.least_tokens, 350]
+    assert [len(output.prompt_logprobs) for output in outputs] == [len(prompt) for prompt in prompts]

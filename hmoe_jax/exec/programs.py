@@ -135,12 +135,14 @@ class Executor:
         return self._programs[key]
 
     def _compile(self, function: StepFunction, batch: PrefillBatch | DecodeBatch) -> Callable[..., Any]:
+        with jax.default_device(self._device):
+            return self._traced(function, batch).lower().compile()
+
+    def _traced(self, function: StepFunction, batch: PrefillBatch | DecodeBatch) -> jax.stages.Traced:
         config, layout, bind = self.config, self.layout, self._backend.bind
 
         def program(weights: Weights, operand: Any, state: DeviceState, batch: Any) -> tuple[Any, DeviceState]:
             return function(StepModel(config, layout, weights, bind(operand)), state, batch)
 
         program.__name__ = f"{function.__name__}_{batch.tokens.shape[0]}"
-        with jax.default_device(self._device):
-            lowered = jax.jit(program, donate_argnums=2).lower(self._weights, self._backend.operand, self._state, batch)
-            return lowered.compile()
+        return jax.jit(program, donate_argnums=2).trace(self._weights, self._backend.operand, self._state, batch)

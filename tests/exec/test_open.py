@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 
 from hmoe_jax.checkpoint.index import open_checkpoint
 from hmoe_jax.core import CheckpointError, ConfigError
+from hmoe_jax.exec import host_memory
 from hmoe_jax.exec import open as open_module
 from hmoe_jax.exec.open import open_executor
 from hmoe_jax.exec.plan import EngineOptions
+from hmoe_jax.exec.step import decode
 from hmoe_jax.experts.store import ExpertStore
 from hmoe_jax.kernels.pool import ThreadPool
 from tests.tiny import write_tiny
@@ -119,3 +122,27 @@ def test_checksums_are_verified_before_weights_are_read(folder: Path, monkeypatc
             open_executor(folder, EngineOptions(**SMALL))
     finally:
         sums.unlink()
+
+
+def test_an_arena_that_host_memory_cannot_hold_is_refused_before_anything_is_read(
+    folder: Path, closed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 1000)
+    monkeypatch.setattr("hmoe_jax.exec.fused.ExpertStore", lambda *_, **__: pytest.fail("a store was made"))
+    with pytest.raises(
+        ValueError, match=r"residency 'arena' needs [\d,]+ bytes of host memory .*, but 1,000 are avail"
+    ):
+        open_executor(folder, EngineOptions(residency="arena", **SMALL))
+    assert closed == ["ThreadPool"]
+
+
+def test_a_decode_step_lowers_for_a_gpu_with_a_call_to_the_cpu_for_each_layer(folder: Path) -> None:
+    executor, _ = open_executor(folder, EngineOptions(**SMALL))
+    model = (executor._weights, executor._backend.operand, executor._state, executor.empty_decode(1))
+    try:
+        text = executor._traced(decode, model[-1]).lower(lowering_platforms=("cuda",)).as_text()
+        num_layers = executor.config.num_moe_layers
+    finally:
+        executor.close()
+    calls = re.findall(r"custom_call @(\w*hmoe\w*)", text)
+    assert calls == ["hmoe_moe_experts"] * num_layers
