@@ -2,7 +2,6 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
@@ -105,10 +104,12 @@ void BindThreadPool(nb::module_& m) {
 }
 
 void BindGpuDriver(nb::module_& m) {
-  const auto init = [](const std::string& library) { return Check(GpuDriver::Open(library)); };
-  nb::class_<GpuDriver>(m, "GpuDriver").def(nb::new_(init), "library"_a = kGpuDriverLibrary);
+  const auto init = [](PyGpuDriver* self, const std::string& library) {
+    new (self) PyGpuDriver{Check(GpuDriver::Open(library))};
+  };
+  nb::class_<PyGpuDriver>(m, "GpuDriver").def("__init__", init, "library"_a = kGpuDriverLibrary);
   nb::class_<PyPinnedBuffer>(m, "PinnedBuffer")
-      .def(nb::init<int64_t, const PyDriver&>(), "num_bytes"_a, "driver"_a)
+      .def(nb::init<int64_t, const PyGpuDriver&>(), "num_bytes"_a, "driver"_a)
       .def("for_host", &PyPinnedBuffer::ForHost)
       .def("for_gpu", &PyPinnedBuffer::ForGpu, "device"_a);
 }

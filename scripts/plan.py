@@ -16,7 +16,7 @@ from planning import paper
 
 from hmoe_jax.config import ModelConfig, read_config
 from hmoe_jax.exec.passes import StreamSizes, stream_sizes
-from hmoe_jax.exec.plan import PREFILL_LEN, find_hardware, stream_bytes
+from hmoe_jax.exec.plan import find_hardware, stream_bytes
 from hmoe_jax.perf.cost import (
     DecodeCost,
     PrefillCost,
@@ -92,7 +92,7 @@ def _device() -> tuple[int, str]:
 
 def _threshold(config: ModelConfig, rates: Rates, costs: dict[str, int]) -> str:
     longest = max(_LENGTHS.value)
-    shortest = streams_from(config, rates, max_len=longest, piece_len=PREFILL_LEN, **costs)
+    shortest = streams_from(config, rates, max_len=longest, **costs)
     if shortest is None:
         return f"No prompt of up to {longest:,} tokens is streamed sooner than the CPU computes it in place."
     return f"Streamed sooner than the CPU computes them in place: prompts of {shortest:,} tokens and more."

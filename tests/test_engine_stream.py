@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -181,6 +182,7 @@ def test_a_pinned_engine_writes_the_same_text(
     with Engine(folder, prefill="stream", residency="pinned", warm_up=False, **OPTIONS) as engine:
         assert driver.pinned_bytes > 0
         (actual,) = engine.generate(prompt, greedy(4), use_tqdm=False)
+    gc.collect()  # JAX lets NumPy's memory go then
     assert driver.pinned_bytes == 0
     assert actual.outputs[0].token_ids == expected.outputs[0].token_ids
     assert "not pinned" not in caplog.text
@@ -205,7 +207,7 @@ def test_prompts_are_streamed_from_the_length_that_gains(
     slow = {
         "expert_gbps": 100.0,
         "expert_tflops": 0.001,
-        "link_gbps": 1.0,
+        "link_gbps": 0.05,
         "grouped_tflops": 10.0,
         "unpack_gbps": 100.0,
     }

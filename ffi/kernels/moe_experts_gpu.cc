@@ -8,8 +8,10 @@
 namespace hmoe {
 
 Result<uint8_t*> GpuMoeExperts::StagingOf(void* stream, int64_t bytes) {
-  const std::lock_guard lock(mutex_);
-  Staging& staging = staging_[stream];
+  Staging& staging = [&]() -> Staging& {
+    const std::lock_guard lock(mutex_);
+    return staging_[stream];
+  }();
   if (!staging.pages || std::ssize(staging.pages->bytes()) < bytes) {
     if (Status idle = driver_->Synchronize(stream); !idle.ok()) return idle.error();
     staging.pinned.reset();

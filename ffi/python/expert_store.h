@@ -44,13 +44,17 @@ PyRow<Framework, Device> RowOf(std::shared_ptr<const void> owner, std::span<cons
                                   nullptr, nanobind::dtype<uint8_t>(), Device::value, device);
 }
 
-using PyDriver = std::shared_ptr<const GpuDriver>;
+// The driver as Python names it: what C++ keeps of it are no references to Python's object.
+struct PyGpuDriver {
+  std::shared_ptr<const GpuDriver> driver;
+};
 
 // Memory on the way from a store that is not pinned to a GPU.
 class PyPinnedBuffer {
  public:
-  PyPinnedBuffer(int64_t num_bytes, const PyDriver& driver)
-      : num_bytes_(static_cast<size_t>(num_bytes)), memory_(std::make_shared<Memory>(num_bytes, driver)) {}
+  PyPinnedBuffer(int64_t num_bytes, const PyGpuDriver& gpu)
+      : num_bytes_(static_cast<size_t>(num_bytes)),
+        memory_(std::make_shared<Memory>(num_bytes, gpu.driver)) {}
 
   PyRowForHost ForHost() const { return RowOf<nanobind::numpy, nanobind::device::cpu>(memory_, bytes()); }
   PyRowForGpu ForGpu(int device) const {
@@ -59,7 +63,7 @@ class PyPinnedBuffer {
 
  private:
   struct Memory {
-    Memory(int64_t num_bytes, const PyDriver& driver)
+    Memory(int64_t num_bytes, const std::shared_ptr<const GpuDriver>& driver)
         : pages(Check(Pages::Allocate(num_bytes))),
           pinned(Check(PinnedMemory::Create(driver, pages.bytes()))) {}
     Pages pages;
@@ -111,10 +115,10 @@ class PyExpertStore {
 
   void Freeze() { Check(store_->Freeze()); }
 
-  int64_t PinNext(const PyDriver& driver, int64_t most_bytes) {
+  int64_t PinNext(const PyGpuDriver& gpu, int64_t most_bytes) {
     auto pinned = [&] {
       const nanobind::gil_scoped_release unlocked;
-      return store_->PinNext(driver, most_bytes);
+      return store_->PinNext(gpu.driver, most_bytes);
     }();
     return Check(std::move(pinned));
   }

@@ -7,7 +7,7 @@ published with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -135,12 +135,15 @@ def forward(
                 x = back(seam, shared_experts(layer, seam.hidden), routed)
                 routes.append(seam.ids)
         new_caches.append(cache)
-    no_routes = jnp.zeros((0, x.shape[0], config.top_k), jnp.int32)
-    return (
-        rms_norm(x, weights.norm, config.norm_eps),
-        tuple(new_caches),
-        jnp.stack(routes) if routes else no_routes,
-    )
+    hidden = rms_norm(x, weights.norm, config.norm_eps)
+    return hidden, tuple(new_caches), stack_routes(config, routes, num_tokens=len(x))
+
+
+def stack_routes(
+    config: ModelConfig, routes: Sequence[Int32[Array, "t k"]], *, num_tokens: int
+) -> Int32[Array, "m t k"]:
+    """Of all MoE layers, of which there may be none."""
+    return jnp.stack(routes) if routes else jnp.zeros((0, num_tokens, config.top_k), jnp.int32)
 
 
 def front(

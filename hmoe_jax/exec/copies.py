@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -15,11 +17,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32, UInt8
 
+from hmoe_jax.exec.durations import MAX_COPYING
 from hmoe_jax.exec.passes import StreamPlan
 from hmoe_jax.experts.pinned import StagingBuffer, in_device_memory
 from hmoe_jax.experts.records import ALIGN
 from hmoe_jax.experts.store import ExpertStore
 from hmoe_jax.perf.lanes import Recorder, Span
+
+logger = logging.getLogger(__name__)
 
 AXIS = "ep"
 """The mesh axis over which experts are divided."""
@@ -49,14 +54,17 @@ class RecordSource(Protocol):
 
     part_rows: int
     """How many records an array has."""
+    concurrency: int
+    """How many groups may be brought at once."""
 
-    def start(self, layer: int, experts: Int32[np.ndarray, " e"]) -> Callable[[], Records]:
-        """Starts what must be started now. The result finishes it, on the lane's thread, and returns a whole group:
-        rows past those of `experts` hold anything."""
+    def bring(self, layer: int, experts: Int32[np.ndarray, " e"]) -> Records:
+        """A whole group, when it has come: rows past those of `experts` hold anything."""
 
 
 class HostRecords:
     """For the CPU platform, where a buffer is the device's memory itself: `depth` of them, filled in turn."""
+
+    concurrency = 1
 
     def __init__(self, store: ExpertStore, device: jax.Device, plan: StreamPlan):
         self.part_rows = plan.group_size
@@ -64,33 +72,31 @@ class HostRecords:
         shape = (plan.group_size, store.record_layout.num_bytes)
         self._buffers = deque(aligned(shape) for _ in range(plan.depth))
 
-    def start(self, layer: int, experts: Int32[np.ndarray, " e"]) -> Callable[[], Records]:
+    def bring(self, layer: int, experts: Int32[np.ndarray, " e"]) -> Records:
         self._buffers.rotate(-1)
         buffer = self._buffers[0]
-
-        def finish() -> Records:
-            self._store.copy_records(layer, experts, buffer[: len(experts)])
-            return (jax.device_put(buffer, self._device, may_alias=True).block_until_ready(),)
-
-        return finish
+        self._store.copy_records(layer, experts, buffer[: len(experts)])
+        return (jax.device_put(buffer, self._device, may_alias=True).block_until_ready(),)
 
 
 class PinnedRecords:
     """From a pinned store, by the device's own copy engine.
 
-    Copies are started at once: a GPU's copy waits for what the device was told to compute before it.
+    Two groups at a time: a GPU's copy waits for what the device was told to compute before it, and meanwhile the other
+    one keeps the link busy.
     """
 
     part_rows = 1
+    concurrency = MAX_COPYING
 
     def __init__(self, store: ExpertStore, device: jax.Device, plan: StreamPlan):
-        self._store, self._device, self._group_size = store, device, plan.group_size
-        self._sharding = in_device_memory(device)
+        self._record = cache(partial(store.record, device=device))  # to JAX an array is work, however little it holds
+        self._group_size, self._sharding = plan.group_size, in_device_memory(device)
 
-    def start(self, layer: int, experts: Int32[np.ndarray, " e"]) -> Callable[[], Records]:
+    def bring(self, layer: int, experts: Int32[np.ndarray, " e"]) -> Records:
         chosen = experts if len(experts) else [0]  # programs have fixed shapes: one in vain
-        held = [self._store.record(layer, int(expert), self._device) for expert in chosen]
-        return partial(jax.block_until_ready, _padded(jax.device_put(held, self._sharding), self._group_size))
+        held = [self._record(layer, int(expert)) for expert in chosen]
+        return jax.block_until_ready(_padded(jax.device_put(held, self._sharding), self._group_size))
 
 
 class StagedRecords:
@@ -98,18 +104,16 @@ class StagedRecords:
     more, and a copy may wait for what is computed."""
 
     part_rows = 1
+    concurrency = 1
 
     def __init__(self, store: ExpertStore, device: jax.Device, plan: StreamPlan):
         self._store, self._group_size = store, plan.group_size
         self._ring = deque(StagingBuffer(store.record_layout.num_bytes, device) for _ in range(STAGING_BUFFERS))
 
-    def start(self, layer: int, experts: Int32[np.ndarray, " e"]) -> Callable[[], Records]:
-        def finish() -> Records:
-            chosen = experts if len(experts) else np.zeros(1, np.int32)
-            sent = [self._send(layer, chosen[i : i + 1]) for i in range(len(chosen))]
-            return jax.block_until_ready(_padded(sent, self._group_size))
-
-        return finish
+    def bring(self, layer: int, experts: Int32[np.ndarray, " e"]) -> Records:
+        chosen = experts if len(experts) else np.zeros(1, np.int32)
+        sent = [self._send(layer, chosen[i : i + 1]) for i in range(len(chosen))]
+        return jax.block_until_ready(_padded(sent, self._group_size))
 
     def _send(self, layer: int, expert: Int32[np.ndarray, " 1"]) -> UInt8[Array, "1 n"]:
         self._ring.rotate(-1)
@@ -123,11 +127,14 @@ def record_source(store: ExpertStore, device: jax.Device, plan: StreamPlan) -> R
     """The fastest that the store and the device allow."""
     if store.residency == "pinned":
         return PinnedRecords(store, device, plan)
-    return (HostRecords if device.platform == "cpu" else StagedRecords)(store, device, plan)
+    if device.platform == "cpu":
+        return HostRecords(store, device, plan)
+    logger.warning("experts are %s, not pinned: copies to %s go through host memory once more", store.residency, device)
+    return StagedRecords(store, device, plan)
 
 
 class CopyLane:
-    """Copies records to one device, in the order asked, on a thread of its own, which `close` ends.
+    """Copies records to one device, in the order asked, on threads of its own, which `close` ends.
 
     A copy may be asked for when nobody reads the one `depth` before it any more. `link_gbps` makes the lane as slow as
     a link of that bandwidth would be.
@@ -137,20 +144,20 @@ class CopyLane:
         self.source = record_source(store, device, plan)
         self._record_bytes, self._link_gbps = store.record_layout.num_bytes, plan.link_gbps
         self._ended = 0.0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hmoe-copy")
+        self._threads = ThreadPoolExecutor(self.source.concurrency, thread_name_prefix="hmoe-copy")
 
     def submit(self, layer: int, experts: Int32[np.ndarray, " g"]) -> Future[tuple[Records, Span]]:
         """The records of these experts on the device; rows of `NOBODY`, which come last, hold anything."""
         chosen, begin = experts[experts != NOBODY], time.perf_counter()
-        return self._thread.submit(self._timed, layer, len(chosen), begin, self.source.start(layer, chosen))
+        return self._threads.submit(self._timed, layer, chosen, begin)
 
     def close(self) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)
         del self.source  # and its buffers
 
-    def _timed(self, layer: int, count: int, asked: float, finish: Callable[[], Records]) -> tuple[Records, Span]:
-        begin, num_bytes = max(asked, self._ended), count * self._record_bytes
-        records = finish()
+    def _timed(self, layer: int, experts: Int32[np.ndarray, " e"], asked: float) -> tuple[Records, Span]:
+        records, num_bytes = self.source.bring(layer, experts), len(experts) * self._record_bytes
+        begin = max(asked, self._ended)
         if self._link_gbps is not None:
             time.sleep(max(0.0, begin + num_bytes / self._link_gbps / 1e9 - time.perf_counter()))
         self._ended = time.perf_counter()
@@ -181,6 +188,10 @@ class ExpertStream:
         copies = [lane.submit(group.layer, group.experts[place]) for place, lane in self._lanes.items()]
         self._asked.append((group, copies))
 
+    def has_come(self, timeout_s: float) -> bool:
+        """Whether the oldest group that was asked for is there, within so long."""
+        return not wait(self._asked[0][1], timeout=timeout_s).not_done
+
     def take(self) -> tuple[Group, Records]:
         """The oldest group that was asked for, when it has come: the devices' records, along the axis of experts."""
         group, copies = self._asked.popleft()
@@ -199,14 +210,20 @@ class ExpertStream:
         self._computing.append(output)
 
     def close(self) -> None:
-        """Drops what has not begun and waits for what is under way, so that the buffers are free."""
-        for copy in [copy for _, copies in self._asked for copy in copies]:
-            if not copy.cancel():
-                copy.exception()
-        for output in self._computing:
-            jax.block_until_ready(output)
+        """Drops what has not begun and waits for what is under way, so that the buffers are free.
+
+        Raises what failed, when all has ended.
+        """
+        copies = [copy for _, copies in self._asked for copy in copies]
+        outputs = list(self._computing)
         self._asked.clear()
         self._computing.clear()
+        with ExitStack() as waits:
+            for output in outputs:
+                waits.callback(jax.block_until_ready, output)
+            for copy in copies:
+                if not copy.cancel():
+                    copy.exception()
 
 
 def _padded(rows: list[UInt8[Array, "1 n"]], count: int) -> Records:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.exec.passes import StreamSizes
-from hmoe_jax.perf.cost import Rates, attention_s, mlp_s, tile_s
+from hmoe_jax.perf.cost import Rates, attention_s, expert_bytes, mlp_s, tile_s
 
 MAX_RUNNING = 2
 """Quanta that are started before the first of them has ended: enough that a device never waits for the host."""
+
+MAX_COPYING = 2
+"""Groups that are on their way to a device at once: one alone would leave the link idle between two."""
+
+WAIT_S = 0.02
+"""How long a prompt waits for a copy before it can be cancelled."""
 
 BlockName = Literal["dense", "front", "back"]
 
@@ -27,14 +34,23 @@ class Durations:
         config, own = self.config, -(-tokens // self.rates.num_devices)
         if name == "back":
             return mlp_s(config, self.rates, own, config.num_shared_experts * config.expert_ffn)
-        attention = attention_s(config, self.rates, own, context + tokens - own)
+        attention = attention_s(config, self.rates, own, context + tokens - own)  # of the device with the longest
         return attention + (mlp_s(config, self.rates, own, config.dense_ffn) if name == "dense" else 0.0)
 
     def tile(self, rows: int, experts: int) -> float:
         """`rows` tokens of each of so many experts of one device."""
         return tile_s(self.config, self.rates, rows, experts)
 
+    def group_copy(self, group_size: int) -> float:
+        """So many experts to one device."""
+        return group_size * expert_bytes(self.config) / self.rates.link_gbps / 1e9
+
+    def groups_beside_front(self, tokens: int, context: int, group_size: int) -> int:
+        """How many groups come while a layer's front computes, and one more."""
+        return 1 + math.ceil(self.block("front", tokens, context) / self.group_copy(group_size))
+
     def cancelling(self, sizes: StreamSizes, max_len: int) -> float:
         """The longest from when a prompt is cancelled until nothing of it runs: what has been started is finished."""
         block = self.block("front", sizes.block_len, max(max_len - sizes.block_len, 0))
-        return (MAX_RUNNING + 1) * max(block, self.tile(sizes.tile_rows[-1], sizes.group_size))
+        computing = (MAX_RUNNING + 1) * max(block, self.tile(sizes.tile_rows[-1], sizes.group_size))
+        return WAIT_S + max(computing, MAX_COPYING * self.group_copy(sizes.group_size))

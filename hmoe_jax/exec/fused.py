@@ -81,11 +81,7 @@ def pin_experts(store: ExpertStore) -> None:
         try:
             store.pin(advance=advance)
         except ValueError as refusal:
-            logger.warning(
-                "experts are not pinned (%s): copies to a device go through host memory once more, and take at "
-                "least twice as long",
-                refusal,
-            )
+            logger.warning("experts are not pinned (%s): copies to a GPU take longer", refusal)
 
 
 def _codec(config: ModelConfig, checkpoint: Checkpoint) -> str:

@@ -11,10 +11,6 @@ from jaxtyping import Int, Int32
 
 from hmoe_jax.exec.copies import NOBODY, Group
 
-UNPACK_ROWS = 256
-"""Unpacking an expert costs as much as multiplying so many rows: 160 on a two-core Emerald Rapids machine, 660 by the
-data sheet of an H100 (`perf.cost`)."""
-
 
 def owned(num_experts: int, num_devices: int) -> list[range]:
     """The experts of each device: consecutive ones, as evenly as they divide."""
@@ -54,8 +50,11 @@ class Tile:
     slots: Int32[np.ndarray, "n s"]
 
 
-def tiles(counts: Int[np.ndarray, " e"], group: Group, *, rows: Sequence[int], widths: Sequence[int]) -> list[Tile]:
+def tiles(
+    counts: Int[np.ndarray, " e"], group: Group, *, rows: Sequence[int], widths: Sequence[int], unpack_rows: float | int
+) -> list[Tile]:
     """All rows of a group, in few tiles of which little is padding. `rows` and `widths` are the sizes that there are.
+    To unpack an expert costs as much as to multiply `unpack_rows` of its rows.
 
     Experts that have no rows left fall out. Every tile unpacks its experts anew: of all sizes the one is taken that
     costs the least for each row that belongs to a token.
@@ -67,7 +66,7 @@ def tiles(counts: Int[np.ndarray, " e"], group: Group, *, rows: Sequence[int], w
         busy = int((left > 0).sum(axis=1).max())
         width = next(width for width in widths if width >= busy)
         useful = {size: np.minimum(left, size).sum() for size in rows}
-        size = min(rows, key=lambda size: (UNPACK_ROWS + size) / useful[size])
+        size = min(rows, key=lambda size: (unpack_rows + size) / useful[size])
         places = busiest_first[:, :width] if width < left.shape[1] else np.indices(left.shape)[1]
         slots = np.where(np.take_along_axis(left, places, axis=1) > 0, places, NOBODY)
         cover.append(Tile(first, size, slots.astype(np.int32)))

@@ -58,7 +58,8 @@ class StreamSizes:
 
     def costs(self, num_devices: int) -> dict[str, int]:
         """What `perf.cost.prefill_cost` wants to know of passes and of the ring."""
-        return {"pass_len": self.pass_len, "ahead_experts": (self.depth - 1) * self.group_size * num_devices}
+        ahead = (self.depth - 1) * self.group_size * num_devices
+        return {"pass_len": self.pass_len, "block_len": self.block_len, "ahead_experts": ahead}
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -103,12 +104,14 @@ def group_bytes(config: ModelConfig, group_size: int, *, rows: int | None = None
 def block_bytes(config: ModelConfig, block_len: int = BLOCK_LEN) -> int:
     """Of a device's memory that `front`, `back` or a dense layer takes for a block of tokens.
 
-    Queries, keys and values of all heads in FP32 and BF16; scores of a chunk of the context, twice in FP32 and once in
-    BF16; the inner activations of an MLP; and the residual, its norm and its update.
+    The largest dense matrix in FP32 and as two BF16 numbers, and another one in the making; queries, keys and values of
+    all heads in FP32 and BF16; scores of a chunk of the context, twice in FP32 and once in BF16; the inner activations
+    of an MLP; and the residual, its norm and its update.
     """
     attention = config.num_heads * ((config.qk_dim + config.v_dim) * (4 + 2) + CHUNK_LEN * (4 + 4 + 2))
     inner = max(config.dense_ffn, config.num_shared_experts * config.expert_ffn) * (4 * 3 + 2)
-    return block_len * (attention + inner + config.hidden_size * 4 * 4)
+    widest = max(config.num_heads * config.v_dim, config.dense_ffn, config.num_shared_experts * config.expert_ffn)
+    return config.hidden_size * widest * 12 + block_len * (attention + inner + config.hidden_size * 4 * 4)
 
 
 def token_bytes(config: ModelConfig) -> int:

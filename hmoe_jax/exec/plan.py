@@ -16,7 +16,7 @@ from hmoe_jax.exec.durations import Durations
 from hmoe_jax.exec.passes import CHUNK_LEN, MIN_PASS, StreamPlan, stream_sizes
 from hmoe_jax.kernels.pool import available_isas, resolve_num_threads
 from hmoe_jax.kv.pages import CacheLayout
-from hmoe_jax.perf.cost import Rates, prefill_cost, resident_bytes, streams_from
+from hmoe_jax.perf.cost import Rates, held_bytes, prefill_cost, streams_from
 from hmoe_jax.perf.machines import UNMEASURED_CPU, expected_rates
 from hmoe_jax.perf.sizes import count_parameters
 
@@ -28,6 +28,8 @@ PREFILL_LEN = 512
 
 STREAM_SHARE = 0.25
 """The part of the memory that streaming may take on the CPU platform."""
+
+MEMORY_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 DEVICE_SHARE = 0.9
 """The part of an accelerator's memory that is planned for: programs and the allocator's gaps take the rest."""
@@ -133,9 +135,19 @@ def find_hardware(device: Literal["auto", "cpu", "gpu"]) -> Hardware:
         found = jax.local_devices(backend=None if device == "auto" else device)[0]
     except RuntimeError as error:
         raise ValueError(f"device {device!r} is not available: {error}") from None
-    stats = found.memory_stats() if found.platform != "cpu" else None
-    memory_bytes = stats["bytes_limit"] if stats else host_memory.usable_bytes()
-    return Hardware(found, memory_bytes, expected_rates(found))
+    return Hardware(found, _memory_bytes(found), expected_rates(found))
+
+
+def _memory_bytes(device: jax.Device) -> int:
+    """What is left of an accelerator's memory for this process; all of the host's on the CPU platform."""
+    if device.platform == "cpu":
+        return host_memory.usable_bytes()
+    stats = device.memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        raise ValueError(
+            f"device {device}: JAX does not say how much memory it has, as with XLA_PYTHON_CLIENT_ALLOCATOR=platform"
+        )
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
 
 
 def resolve(options: EngineOptions, config: ModelConfig, hardware: Hardware) -> Plan:
@@ -155,7 +167,7 @@ def resolve(options: EngineOptions, config: ModelConfig, hardware: Hardware) -> 
     num_threads = resolve_num_threads(options.num_threads)
     if options.num_threads == "auto":
         reasons["num_threads"] = f"{num_threads}, the physical cores that this process may use"
-    layout = _layout(options, config, hardware, dtype, reasons)
+    layout = _layout(options, config, hardware, executor, dtype, reasons)
     stream = _stream(options, config, hardware, executor, layout, reasons)
     return Plan(
         device=hardware.device,
@@ -215,7 +227,12 @@ def _residency(
 
 
 def _layout(
-    options: EngineOptions, config: ModelConfig, hardware: Hardware, dtype: str, reasons: dict[str, str]
+    options: EngineOptions,
+    config: ModelConfig,
+    hardware: Hardware,
+    executor: str,
+    dtype: str,
+    reasons: dict[str, str],
 ) -> CacheLayout:
     max_len = options.max_model_len or config.max_len
     if max_len > config.max_len:
@@ -223,11 +240,14 @@ def _layout(
     page_bytes = config.num_layers * PAGE_SIZE * config.latent_dim * jnp.dtype(dtype).itemsize
     # Each device that prompts are streamed to has a cache; those of the CPU platform share one memory.
     copies = options.prefill_devices if hardware.platform == "cpu" else 1
-    budget = options.kv_cache_bytes or int(hardware.memory_bytes * KV_SHARE) // copies
+    room, of_what = hardware.memory_bytes, "the memory"
+    if hardware.platform != "cpu" and executor == "fused":
+        room, of_what = _beside_weights(config, hardware.memory_bytes), "the memory beside the weights"
+    budget = options.kv_cache_bytes or int(room * KV_SHARE) // copies
     pages_each = -(-max_len // PAGE_SIZE)
     num_pages = 1 + min(options.max_num_seqs * pages_each, budget // page_bytes)
     if num_pages <= pages_each:
-        name = "kv_cache_bytes" if options.kv_cache_bytes else f"{KV_SHARE:.0%} of the memory"
+        name = "kv_cache_bytes" if options.kv_cache_bytes else f"{KV_SHARE:.0%} of {of_what}"
         raise ValueError(
             f"a sequence of max_model_len {max_len} needs {pages_each * page_bytes:,} bytes of cache, but {name} is "
             f"{budget:,}: lower max_model_len"
@@ -283,15 +303,16 @@ def _plan_stream(
     try:
         sizes = stream_sizes(config, len(chosen), memory_bytes=memory_bytes, max_len=layout.max_len)
     except ValueError as error:
+        remedy = "" if hardware.platform == "cpu" else f" ({MEMORY_FRACTION} says how much of a GPU's memory JAX takes)"
         if not is_free:
-            raise
-        reasons["prefill"] = f"step: {error}"
+            raise ValueError(f"{error}{remedy}") from None
+        reasons["prefill"] = f"step: {error}{remedy}"
         return None
     link = options.link_gbps or hardware.rates.link_gbps
     rates = replace(hardware.rates, link_gbps=link, num_devices=len(chosen))
     costs, least = sizes.costs(len(chosen)), 1
     if is_free:
-        shortest = streams_from(config, rates, max_len=layout.max_len, piece_len=PREFILL_LEN, **costs)
+        shortest = streams_from(config, rates, max_len=layout.max_len, **costs)
         if shortest is None:
             reasons["prefill"] = f"step: no prompt is streamed sooner, by the rates of {rates.name}"
             return None
@@ -315,7 +336,12 @@ def stream_bytes(config: ModelConfig, memory_bytes: int, *, platform: str, cache
     """
     if platform == "cpu":
         return int(memory_bytes * STREAM_SHARE) // num_devices
-    return max(int(memory_bytes * DEVICE_SHARE) - resident_bytes(config) - cache_bytes, 0)
+    return max(_beside_weights(config, memory_bytes) - cache_bytes, 0)
+
+
+def _beside_weights(config: ModelConfig, memory_bytes: int) -> int:
+    """Of an accelerator's memory, without routed experts."""
+    return max(int(memory_bytes * DEVICE_SHARE) - held_bytes(config), 0)
 
 
 def _buckets(options: EngineOptions, layout: CacheLayout, stream: StreamPlan | None) -> Buckets:

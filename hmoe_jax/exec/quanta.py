@@ -116,6 +116,8 @@ class QuantumPrograms:
 
         For each device: the experts (-1 for none) and their places among its records; all of them must be in order.
         """
+        if len(records) > 1 and len(places) == 1:  # they came one by one, to one device: no program need pick them
+            records, places = tuple(records[place] for place in places[0]), np.arange(places.size, dtype=np.int32)[None]
         # In one array: every operand that comes from the host costs as much as the program's dispatch.
         choice = np.stack([experts, places, np.full_like(places, first)], axis=1)
         key, program = ("group", len(state.x), rows, experts.shape[1]), partial(self._group, rows=rows)

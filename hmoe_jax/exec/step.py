@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, UInt
 
@@ -18,6 +19,9 @@ from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch
 from hmoe_jax.kv.pages import CacheLayout, read_chunk, write_latents
 from hmoe_jax.nn.attention import Context, Pages, Queries, UpProjections, attend_absorbed, attend_decompressed
 from hmoe_jax.sampling import Sampled, SamplerState, report, sample
+
+SCORED_ROWS = 128
+"""Logits of so many tokens are held at a time, for the log-probabilities of a prompt."""
 
 
 @record
@@ -64,8 +68,19 @@ def prefill_scored(model: StepModel, state: DeviceState, batch: PrefillBatch) ->
     """The same, with log-probabilities of the targets: the head runs on every token, not on one."""
     hidden, caches, routes = _prefill_hidden(model, state, batch)
     sampled, sampler = sample_last(model.weights, state.sampler, batch, hidden)
-    scores = report(deepseek_v3.logits(model.weights, hidden), batch.targets)
-    return StepOutput(sampled, routes, scores), DeviceState(caches, sampler)
+    return StepOutput(sampled, routes, score(model.weights, hidden, batch.targets)), DeviceState(caches, sampler)
+
+
+def score(weights: Weights, hidden: Float[Array, "t d"], targets: Int32[Array, " t"]) -> Sampled:
+    """Log-probabilities of each token's targets. Logits of `SCORED_ROWS` tokens are held at a time."""
+
+    def in_blocks(rows: Array) -> Array:
+        padded = jnp.pad(rows, ((0, -len(rows) % SCORED_ROWS), *(((0, 0),) * (rows.ndim - 1))))
+        return padded.reshape(-1, SCORED_ROWS, *rows.shape[1:])
+
+    blocks = jax.tree.map(in_blocks, (hidden, targets))
+    scores = lax.map(lambda block: report(deepseek_v3.logits(weights, block[0]), block[1]), blocks)
+    return jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:])[: len(hidden)], scores)
 
 
 def prefill_logits(

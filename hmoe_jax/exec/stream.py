@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
@@ -32,7 +31,7 @@ from hmoe_jax.config import ModelConfig
 from hmoe_jax.exec.backend import ExpertBackend
 from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch
 from hmoe_jax.exec.copies import AXIS, NOBODY, CopyLane, ExpertStream, Group, Records
-from hmoe_jax.exec.durations import MAX_RUNNING, BlockName, Durations
+from hmoe_jax.exec.durations import MAX_RUNNING, WAIT_S, BlockName, Durations
 from hmoe_jax.exec.groups import Tile, choose, guess, owned, tiles
 from hmoe_jax.exec.guard import FileGuard
 from hmoe_jax.exec.plan import Plan
@@ -46,24 +45,22 @@ from hmoe_jax.exec.step import (
     prefill_logits,
     prefill_scored,
     sample_row,
+    score,
 )
 from hmoe_jax.kernels.grouped.routes import SortedRoutes
 from hmoe_jax.nn.norm import rms_norm
-from hmoe_jax.perf.cost import prefill_cost, used_share
+from hmoe_jax.perf.cost import prefill_cost, unpack_rows, used_share
 from hmoe_jax.perf.lanes import Recorder
-from hmoe_jax.sampling import SamplerState, report
+from hmoe_jax.sampling import SamplerState
 
 LIKELY = 0.9
 """An expert is copied before its layer's router has chosen if it is at least so probable that some token chooses it."""
-
-SCORED_ROWS = 128
-"""Logits of so many tokens are held at a time, for the log-probabilities of a prompt."""
 
 
 @dataclass(frozen=True)
 class Quantum:
     """One step of a prefill that has been started on the devices: what, of which layer, of how many layers, and how
-    long it should compute."""
+    long it should compute. "copies": nothing could be started, as the next experts have not come yet."""
 
     name: str
     layer: int
@@ -106,13 +103,19 @@ class StreamExecutor(Executor):
         """Of the last prefill."""
         self.watches_computing = False
         """Whether recorders time computations too, which costs a thread that waits for each."""
+        self._tile_sizes: dict[str, Any] = {
+            "rows": stream.tile_rows,
+            "widths": stream.widths,
+            "unpack_rows": unpack_rows(config, stream.rates),
+        }
         self._mesh = Mesh(np.array(stream.devices), (AXIS,))
         self._records = store.record_layout
         self._num_devices = len(stream.devices)
         # With several processes (`jax.distributed`) each runs the same quanta on devices of its own.
-        self._local = [i for i, device in enumerate(stream.devices) if device.process_index == jax.process_index()]
-        self._others = [stream.devices[i] for i in self._local if stream.devices[i] != plan.device]
-        self.lanes = [CopyLane(store, stream.devices[i], stream) for i in self._local]
+        local = [i for i, device in enumerate(stream.devices) if device.process_index == jax.process_index()]
+        self._others = [stream.devices[i] for i in local if stream.devices[i] != plan.device]
+        self.lanes = {i: CopyLane(store, stream.devices[i], stream) for i in local}
+        """By the places of this process's devices in the mesh."""
         self._everywhere = jax.tree.map(self._replicate, replace(weights, norm=None, head=None))
         # Layers that differ in nothing but their numbers share programs.
         self._kinds = [str(jax.tree.map(jax.typeof, layer)) for layer in weights.layers]
@@ -151,9 +154,9 @@ class StreamExecutor(Executor):
             self._mirrors = self._copy_caches()
         with ExitStack() as owned:
             self.recorder = owned.enter_context(Recorder(watches_computing=self.watches_computing))
-            lanes = dict(zip(self._local, self.lanes, strict=True))
-            experts = ExpertStream(lanes, self._mesh, depth=self.stream.depth, recorder=self.recorder)
+            experts = ExpertStream(self.lanes, self._mesh, depth=self.stream.depth, recorder=self.recorder)
             owned.callback(experts.close)
+            owned.callback(self._running.clear)
             self._ask(experts, deque(self._guess(0, prompt)))
             state = self.quantum_programs.begin(self._everywhere.embed, prompt.everywhere)
             routes = []
@@ -166,7 +169,7 @@ class StreamExecutor(Executor):
                 routes.append(_here(ids))
                 state = yield from self._groups(index, state, sorted_routes, prompt, experts)
                 state = yield from self._over_blocks("back", index, state, prompt)
-            return self._finish(function, batch, _here(state.x)[: len(batch.tokens)], routes)
+            return self._finish(function, batch, _here(state.x), routes)
 
     def warm_up(self) -> list[Callable[[], object]]:
         """One job for each size of batch; a streamed prompt's programs are compiled by running one."""
@@ -181,7 +184,7 @@ class StreamExecutor(Executor):
         self._mirrors = self._copy_caches()
 
     def close(self) -> None:
-        for lane in self.lanes:
+        for lane in self.lanes.values():
             lane.close()
         for array in jax.tree.leaves((self._everywhere, self._mirrors)):
             array.delete()
@@ -210,10 +213,12 @@ class StreamExecutor(Executor):
         for _ in range(len(ahead) + len(rest)):
             # The next copy is asked for before this group computes: on a GPU it would wait for what began before it.
             self._ask(experts, waiting)
+            while not experts.has_come(WAIT_S):
+                yield Quantum("copies", index, self.config.num_layers, 0.0)
             group, records = experts.take()
             done: Any = records
             try:
-                for tile in tiles(counts, group, rows=self.stream.tile_rows, widths=self.stream.widths):
+                for tile in tiles(counts, group, **self._tile_sizes):
                     state = self._add_tile(tile, group, state, routes, records)
                     done = self.quantum_programs.done
                     yield self._started("experts", index, self._durations.tile(tile.rows, tile.slots.shape[1]))
@@ -243,21 +248,20 @@ class StreamExecutor(Executor):
         """What to copy of a layer before its router has chosen: nothing, if most of it would be in vain."""
         if layer == self.config.num_moe_layers or used_share(self.config, prompt.length) < LIKELY:
             return []
-        size, count = self.stream.group_size, self.stream.depth - 1
+        size = self.stream.group_size
+        count = self._durations.groups_beside_front(prompt.length, prompt.start, self.stream.group_size)
+        count = min(count, self.stream.depth - 1)
         return guess(layer, owned(self.config.num_experts, self._num_devices), size=size, count=count)
 
     def _finish(self, function: StepFunction, batch: PrefillBatch, x: Array, routes: list[Array]) -> Any:
-        """The output of `function` from the activations after the last layer, on the first device."""
-        weights = replace(self._weights, layers=())
-        key = (function.__name__, len(x))
+        """The output of `function` from the padded activations after the last layer, on the first device."""
+        operands = (replace(self._weights, layers=()), self._state.sampler, batch, x, routes)
+        key = (function.__name__, len(batch.tokens))
         if key not in self._tails:
             tail = partial(_TAILS[function], self.config)
-            self._tails[key] = jax.jit(tail, donate_argnums=1).lower(weights, self._state.sampler, batch, x).compile()
-        output, sampler = self._tails[key](weights, self._state.sampler, batch, x)
+            self._tails[key] = jax.jit(tail, donate_argnums=1).lower(*operands).compile()
+        output, sampler = self._tails[key](*operands)
         self._state = DeviceState(self._state.caches, sampler)
-        if isinstance(output, StepOutput):
-            no_routes = jnp.zeros((0, len(x), self.config.top_k), jnp.int32)
-            return replace(output, routes=jnp.stack(routes)[:, : len(x)] if routes else no_routes)
         return output
 
     def _warm_up_prefill(self, size: int) -> None:
@@ -268,7 +272,7 @@ class StreamExecutor(Executor):
         state = self.quantum_programs.begin(self._everywhere.embed, prompt.everywhere)
         state, routes, _ = self.quantum_programs.sort(state)
         nobody = np.full((self._num_devices, self.stream.group_size), NOBODY, np.int32)
-        part_rows = self.lanes[0].source.part_rows
+        part_rows = next(iter(self.lanes.values())).source.part_rows
         part = np.zeros((self._num_devices * part_rows, self._records.num_bytes), np.uint8)
         records = (jax.device_put(part, NamedSharding(self._mesh, DIVIDED)),) * (self.stream.group_size // part_rows)
         for rows, width in itertools.product(self.stream.tile_rows, self.stream.widths):
@@ -319,33 +323,28 @@ def _here(array: Array) -> Array:
 
 
 def _sampled(
-    config: ModelConfig, weights: Weights, sampler: SamplerState, batch: PrefillBatch, x: Array
+    config: ModelConfig, weights: Weights, sampler: SamplerState, batch: PrefillBatch, x: Array, routes: list[Array]
 ) -> tuple[StepOutput, SamplerState]:
     last = lax.dynamic_slice_in_dim(x, batch.length - 1, 1)
     sampled, sampler = sample_row(weights, sampler, batch, rms_norm(last, weights.norm, config.norm_eps))
-    return StepOutput(sampled, jnp.zeros((0, *x.shape[:1], config.top_k), jnp.int32)), sampler
+    length = len(batch.tokens)
+    chosen = deepseek_v3.stack_routes(config, [ids[:length] for ids in routes], num_tokens=length)
+    return StepOutput(sampled, chosen), sampler
 
 
 def _scored(
-    config: ModelConfig, weights: Weights, sampler: SamplerState, batch: PrefillBatch, x: Array
+    config: ModelConfig, weights: Weights, sampler: SamplerState, batch: PrefillBatch, x: Array, routes: list[Array]
 ) -> tuple[StepOutput, SamplerState]:
-    output, sampler = _sampled(config, weights, sampler, batch, x)
-    hidden = rms_norm(x, weights.norm, config.norm_eps)
-    blocks = jax.tree.map(partial(_in_blocks, size=SCORED_ROWS), (hidden, batch.targets))
-    scores = lax.map(lambda block: report(deepseek_v3.logits(weights, block[0]), block[1]), blocks)
-    scores = jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:])[: len(x)], scores)
-    return replace(output, prompt=scores), sampler
+    output, sampler = _sampled(config, weights, sampler, batch, x, routes)
+    hidden = rms_norm(x[: len(batch.tokens)], weights.norm, config.norm_eps)
+    return replace(output, prompt=score(weights, hidden, batch.targets)), sampler
 
 
 def _logits(
-    config: ModelConfig, weights: Weights, sampler: SamplerState, batch: PrefillBatch, x: Array
+    config: ModelConfig, weights: Weights, sampler: SamplerState, batch: PrefillBatch, x: Array, routes: list[Array]
 ) -> tuple[Array, SamplerState]:
-    return deepseek_v3.logits(weights, rms_norm(x, weights.norm, config.norm_eps)), sampler
-
-
-def _in_blocks(rows: Array, *, size: int) -> Array:
-    padded = jnp.pad(rows, ((0, -len(rows) % size), *(((0, 0),) * (rows.ndim - 1))))
-    return padded.reshape(-1, size, *rows.shape[1:])
+    hidden = rms_norm(x[: len(batch.tokens)], weights.norm, config.norm_eps)
+    return deepseek_v3.logits(weights, hidden), sampler
 
 
 _TAILS: dict[Any, Callable[..., Any]] = {prefill: _sampled, prefill_scored: _scored, prefill_logits: _logits}

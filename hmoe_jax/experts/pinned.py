@@ -45,6 +45,7 @@ class StagingBuffer:
         """Until the memory is not read any more."""
         if self._sent is not None:
             self._sent.block_until_ready()
+            self._sent = None  # else it would stay on the device
 
     def send(self) -> UInt8[Array, "1 n"]:
         """What the memory holds now, on the device as soon as the result is ready."""

@@ -17,6 +17,7 @@ def einsum_f32(spec: str, a: Float[Array, ...], b: Float[Array, ...]) -> Float32
         return jnp.einsum(spec, a.astype(jnp.float32), b.astype(jnp.float32), precision=lax.Precision.HIGHEST)
 
     def mixed(a: Array, b: Array) -> Array:
-        return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+        precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None  # a GPU's default rounds to 10 bits
+        return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
     return lax.platform_dependent(a, b, cpu=widened, default=mixed)

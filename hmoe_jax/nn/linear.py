@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
+from hmoe_jax.kernels.grouped.products import BATCHED, project_bf16
 from hmoe_jax.kernels.linear import linear as native_linear
+from hmoe_jax.kernels.moe_experts_reference import ExpertMatrices
 from hmoe_jax.nn.einsum import einsum_f32
 from hmoe_jax.quant.dequantize import dequantize
 
@@ -40,11 +42,21 @@ def linear(x: Float[Array, "t i"], projection: Projection) -> Float32[Array, "t 
 
 
 def _linear_xla(x: Float[Array, "t i"], projection: Projection) -> Float32[Array, "t o"]:
-    weight = projection.weight
-    if projection.scale is not None:
-        # Scaled in FP32: rounding code * scale to BF16 would lose bits that the checkpoint has.
-        weight, x = dequantize(projection.codec, weight, projection.scale, jnp.float32), x.astype(jnp.float32)
-    return einsum_f32("ti,oi->to", x, weight)
+    if projection.scale is None:
+        return einsum_f32("ti,oi->to", x, projection.weight)
+    return lax.platform_dependent(x, projection, cpu=_linear_f32, default=_linear_bf16)
+
+
+def _linear_f32(x: Float[Array, "t i"], projection: Projection) -> Float32[Array, "t o"]:
+    """Scaled in FP32: rounding code * scale to BF16 would lose bits that the checkpoint has."""
+    weight = dequantize(projection.codec, projection.weight, projection.scale, jnp.float32)
+    return einsum_f32("ti,oi->to", x.astype(jnp.float32), weight)
+
+
+def _linear_bf16(x: Float[Array, "t i"], projection: Projection) -> Float32[Array, "t o"]:
+    """The same bits of the weights on units that multiply BF16, as of a group of one expert."""
+    matrix = ExpertMatrices(projection.weight[None], projection.scale[None], codec=projection.codec)
+    return project_bf16(x[None], matrix, BATCHED)[0]
 
 
 def _linear_native(x: Float[Array, "t i"], projection: Projection) -> Float32[Array, "t o"]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import jax
@@ -94,10 +94,16 @@ class DecodeCost:
 
 
 def prefill_cost(
-    config: ModelConfig, rates: Rates, num_tokens: int, *, pass_len: int, ahead_experts: int = 0
+    config: ModelConfig,
+    rates: Rates,
+    num_tokens: int,
+    *,
+    pass_len: int,
+    block_len: int = 1024,
+    ahead_experts: int = 0,
 ) -> PrefillCost:
-    """A streamed prompt in passes of at most `pass_len` tokens; `ahead_experts` are copied while a layer's front is
-    computed.
+    """A streamed prompt in passes of at most `pass_len` tokens, which go through attention in blocks; `ahead_experts`
+    are copied while a layer's front is computed.
 
     A layer takes as long as its copies or its computation, whichever is longer; copies that have no room to run ahead
     wait for the front.
@@ -107,9 +113,9 @@ def prefill_cost(
     for context, tokens in pieces:
         used = config.num_experts * used_share(config, tokens)
         stored = max(config.num_moe_layers, 1) * used * expert_bytes(config) / 1e9
-        front, routed = _front_s(config, rates, tokens, context), group_s(config, rates, tokens, used)
-        routed *= max(config.num_moe_layers, 1)
-        front, routed, copy = (each / rates.num_devices for each in (front, routed, stored / rates.link_gbps))
+        front = _front_s(config, rates, tokens, context, block_len=block_len)
+        routed = max(config.num_moe_layers, 1) * group_s(config, rates, tokens, used) / rates.num_devices
+        copy = stored / rates.link_gbps / rates.num_devices
         beside_front = min(ahead_experts / used, 1.0) * copy
         waiting = max(routed, copy - min(beside_front, front))
         seconds += max(copy, front + waiting)
@@ -117,18 +123,16 @@ def prefill_cost(
     return PrefillCost(num_tokens, len(pieces), copy_s, front_s, experts_s, seconds)
 
 
-def in_place_s(config: ModelConfig, rates: Rates, num_tokens: int, *, piece_len: int) -> float:
-    """Seconds of a prompt whose experts the CPU computes where they lie, in pieces: the two sides take turns."""
-    seconds = 0.0
-    for context, tokens in _pieces(num_tokens, piece_len):
-        used = config.num_experts * used_share(config, tokens)
-        read = config.num_moe_layers * used * expert_bytes(config) / rates.expert_gbps / 1e9
-        multiply = 2 * count_parameters(config).chosen * tokens / rates.expert_tflops / 1e12
-        seconds += max(read, multiply) + _front_s(config, rates, tokens, context)
-    return seconds
+def in_place_s(config: ModelConfig, rates: Rates, num_tokens: int) -> float:
+    """Seconds of a prompt, in one piece, whose experts the CPU computes where they lie: the two sides take turns."""
+    one = replace(rates, num_devices=1)
+    used = config.num_experts * used_share(config, num_tokens)
+    read = config.num_moe_layers * used * expert_bytes(config) / rates.expert_gbps / 1e9
+    multiply = 2 * count_parameters(config).chosen * num_tokens / rates.expert_tflops / 1e12
+    return max(read, multiply) + _front_s(config, one, num_tokens, 0, block_len=num_tokens)
 
 
-def streams_from(config: ModelConfig, rates: Rates, *, max_len: int, piece_len: int, **passes: int) -> int | None:
+def streams_from(config: ModelConfig, rates: Rates, *, max_len: int, **passes: int) -> int | None:
     """The shortest prompt that is streamed sooner than it is computed in place, and so is every longer one.
 
     None if there is none up to `max_len` tokens. `passes` are what `prefill_cost` wants to know.
@@ -136,8 +140,7 @@ def streams_from(config: ModelConfig, rates: Rates, *, max_len: int, piece_len: 
     lengths = sorted({max_len, *(round(2 ** (i / 4)) for i in range(4 * max_len.bit_length()))})
     shortest = None
     for length in reversed([length for length in lengths if length <= max_len]):
-        in_place = in_place_s(config, rates, length, piece_len=piece_len)
-        if prefill_cost(config, rates, length, **passes).seconds >= in_place:
+        if prefill_cost(config, rates, length, **passes).seconds >= in_place_s(config, rates, length):
             break
         shortest = length
     return shortest
@@ -158,24 +161,39 @@ def tile_s(config: ModelConfig, rates: Rates, rows: float | int, experts: float 
     return flops / rates.grouped_tflops / 1e12 + experts * expert_bytes(config) / rates.unpack_gbps / 1e9
 
 
-def attention_s(config: ModelConfig, rates: Rates, tokens: int, context: int) -> float:
-    """Seconds of one device for a layer's attention of `tokens` after `context` others, projections included."""
+def unpack_rows(config: ModelConfig, rates: Rates) -> float:
+    """Unpacking an expert takes as long as multiplying so many of its rows."""
+    row_s = 2 * 3 * config.hidden_size * config.expert_ffn / rates.grouped_tflops / 1e12
+    return expert_bytes(config) / rates.unpack_gbps / 1e9 / row_s
+
+
+def attention_s(config: ModelConfig, rates: Rates, tokens: float | int, context: float | int) -> float:
+    """Seconds of one device for a layer's attention of a block of `tokens` after `context` others.
+
+    Projections; keys and values of all that the block looks at, from latents; scores and their sums.
+    """
     projections = 2 * count_parameters(config).attention / config.num_layers * tokens
+    expanded = 2 * config.num_heads * (config.nope_dim + config.v_dim) * config.kv_rank * (context + tokens)
     pairs = tokens * context + tokens * (tokens + 1) / 2
     products = 2 * config.num_heads * (config.qk_dim + config.v_dim) * pairs
-    return projections / rates.linear_tflops / 1e12 + products / rates.attention_tflops / 1e12
+    return projections / rates.linear_tflops / 1e12 + (expanded + products) / rates.attention_tflops / 1e12
 
 
-def mlp_s(config: ModelConfig, rates: Rates, tokens: int, inner: int) -> float:
+def mlp_s(config: ModelConfig, rates: Rates, tokens: float | int, inner: int) -> float:
     """Seconds of one device for an MLP that is not routed."""
     return 2 * tokens * 3 * config.hidden_size * inner / rates.linear_tflops / 1e12
 
 
-def _front_s(config: ModelConfig, rates: Rates, tokens: int, context: int) -> float:
-    """Of all layers but for the routed experts. Routers are too small to count."""
-    dense = config.num_dense_layers * mlp_s(config, rates, tokens, config.dense_ffn)
-    shared = config.num_moe_layers * mlp_s(config, rates, tokens, config.num_shared_experts * config.expert_ffn)
-    return config.num_layers * attention_s(config, rates, tokens, context) + dense + shared
+def _front_s(config: ModelConfig, rates: Rates, tokens: int, context: int, *, block_len: int) -> float:
+    """Of all layers but for the routed experts, in blocks whose tokens the devices divide. Routers are too small to
+    count, and so are collectives between devices."""
+    own = tokens / rates.num_devices
+    seconds = config.num_dense_layers * mlp_s(config, rates, own, config.dense_ffn)
+    seconds += config.num_moe_layers * mlp_s(config, rates, own, config.num_shared_experts * config.expert_ffn)
+    for begin, size in _pieces(tokens, block_len):
+        share = size / rates.num_devices
+        seconds += config.num_layers * attention_s(config, rates, share, context + begin + (size - share) / 2)
+    return seconds
 
 
 def _pieces(num_tokens: int, most: int) -> list[tuple[int, int]]:
@@ -210,6 +228,14 @@ def resident_bytes(config: ModelConfig, *, looked_up: bool = False) -> int:
     nodes = jax.tree.leaves(describe(config), is_leaf=lambda node: isinstance(node, Projection))
     total = sum(_stored_bytes(node) for node in nodes)
     return total - 2 * config.vocab_size * config.hidden_size if looked_up and not config.tie_embeddings else total
+
+
+def held_bytes(config: ModelConfig) -> int:
+    """Of the same on a device: keys' and values' matrices are held in BF16 (`nn.attention.UpProjections`)."""
+    if config.quantization is None:
+        return resident_bytes(config)
+    widened = config.num_layers * config.num_heads * (config.nope_dim + config.v_dim) * config.kv_rank
+    return resident_bytes(config) + widened
 
 
 def _stored_bytes(node: Projection | TensorSpec) -> int:

@@ -62,6 +62,9 @@ GPUS = {
 }
 
 
+SMALLEST_GPU = "rtx4090"
+
+
 def sheet_rates(
     name: str,
     *,
@@ -107,7 +110,10 @@ def expected_rates(device: jax.Device) -> Rates:
     if device.platform == "cpu":
         return UNMEASURED_CPU
     kind = str(device.device_kind).lower().replace(" ", "")
-    known = next((name for name in GPUS if name in kind), "rtx4090")
+    known = next((name for name in GPUS if name in kind), None)
+    if known is None:
+        known = SMALLEST_GPU
+        logger.warning("the rates of %s are unknown, those of %s are taken: run scripts/calibrate.py", kind, known)
     return replace(sheet_rates(known), name=f"data sheet of {known}")
 
 

@@ -18,6 +18,8 @@ PAGE, CHUNK = 64, 256
 def attention_tflops(*, heads: int, block_len: int, context_len: int, effort: Effort, pool: int | None = None) -> float:
     """Of the last block of a prompt of `context_len` tokens, decompressed, on JAX's default device.
 
+    Counted are the keys and values of the whole context, from latents, and the products with them.
+
     `pool` is the native thread pool that attends on the CPU platform; None leaves it to XLA.
     """
     keys = jax.random.split(jax.random.key(0), 3)
@@ -46,5 +48,5 @@ def attention_tflops(*, heads: int, block_len: int, context_len: int, effort: Ef
         return attend_decompressed(queries, up, context, scale=0.1)
 
     pairs = block_len * (context_len - block_len / 2)
-    flops = 2 * heads * (NOPE + ROPE + VALUE) * pairs
+    flops = 2 * heads * ((NOPE + ROPE + VALUE) * pairs + (NOPE + VALUE) * RANK * context_len)
     return flops / median_seconds(lambda: attend(queries, up, cache), effort) / 1e12

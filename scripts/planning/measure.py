@@ -16,6 +16,7 @@ from measuring.limits import link_gbps
 from measuring.timing import Effort, median_seconds
 
 from hmoe_jax.exec.copies import CopyLane
+from hmoe_jax.exec.fused import pin_experts
 from hmoe_jax.exec.groups import guess
 from hmoe_jax.exec.passes import MAX_GROUP, MIN_DEPTH, StreamPlan
 from hmoe_jax.experts.store import ExpertStore, StoreShape
@@ -26,7 +27,7 @@ from hmoe_jax.perf.cost import Rates
 from hmoe_jax.perf.machines import machine_name
 
 HIDDEN, FFN, TOP_K = 7168, 2048, 8
-HEADS, CONTEXT = 16, 4096
+HEADS, ALL_HEADS, CONTEXT = 16, 128, 4096
 FEW_ROWS, ROWS = 32, 512
 
 
@@ -57,9 +58,11 @@ def open_bench(
     shape = StoreShape(1, num_experts, HIDDEN, FFN)
     with (
         ThreadPool(resolve_num_threads(num_threads)) as pool,
-        random_store(shape, pool) as store,
+        random_store(shape, pool, residency="arena") as store,
         jax.default_device(device),
     ):
+        if device.platform != "cpu":
+            pin_experts(store)
         yield Bench(device, pool, store, effort)
 
 
@@ -79,7 +82,11 @@ def measure_rates(bench: Bench, variants: Variants) -> Rates:
         linear_tflops=_linear_tflops(bench),
         **_grouped(bench, variants[best]),
         attention_tflops=attention_tflops(
-            heads=HEADS, block_len=ROWS, context_len=CONTEXT, effort=bench.effort, pool=bench.native_pool
+            heads=HEADS if bench.device.platform == "cpu" else ALL_HEADS,
+            block_len=ROWS,
+            context_len=CONTEXT,
+            effort=bench.effort,
+            pool=bench.native_pool,
         ),
         dispatch_s=_dispatch_s(bench),
         variant=best,
@@ -130,16 +137,17 @@ def _device_gbps(bench: Bench) -> float:
 
 
 def _linear_tflops(bench: Bench) -> float:
-    layer, x = _projection(bench, FFN, HIDDEN), jnp.ones((ROWS, HIDDEN), jnp.bfloat16)
+    rows, cols = (ROWS, FFN) if bench.device.platform == "cpu" else (8 * ROWS, 2 * HIDDEN)  # more than a dispatch
+    layer, x = _projection(bench, cols, HIDDEN), jnp.ones((rows, HIDDEN), jnp.bfloat16)
     call = jax.jit(linear)
-    return 2 * ROWS * HIDDEN * FFN / median_seconds(lambda: call(x, layer), bench.effort) / 1e12
+    return 2 * rows * HIDDEN * cols / median_seconds(lambda: call(x, layer), bench.effort) / 1e12
 
 
 def _grouped(bench: Bench, tflops: Mapping[int, float]) -> dict[str, float]:
     """What a tile costs however few tokens it has, and what each token adds: from a short and a long one."""
     flops_per_row = 2 * bench.group_size * 3 * HIDDEN * FFN
     short_s, long_s = (flops_per_row * rows / tflops[rows] / 1e12 for rows in (FEW_ROWS, ROWS))
-    per_row_s = (long_s - short_s) / (ROWS - FEW_ROWS)
+    per_row_s = max(long_s - short_s, 1e-9) / (ROWS - FEW_ROWS)
     fixed_s = max(short_s - FEW_ROWS * per_row_s, 1e-9)
     return {
         "grouped_tflops": flops_per_row / per_row_s / 1e12,

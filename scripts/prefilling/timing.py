@@ -95,4 +95,4 @@ def _link_gbps(executor: StreamExecutor) -> float:
     owners, layers = owned(config.num_experts, len(stream.devices)), range(config.num_moe_layers)
     copied = (guess(layer, owners, size=stream.group_size, count=config.num_experts) for layer in layers)
     groups = itertools.chain.from_iterable(copied)
-    return link_gbps(executor.lanes, groups, depth=stream.depth)
+    return link_gbps(list(executor.lanes.values()), groups, depth=stream.depth)

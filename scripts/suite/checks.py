@@ -59,7 +59,7 @@ def versions(device: jax.Device, scale: Scale) -> Figures:
 def copies(device: jax.Device, scale: Scale) -> Figures:
     """Host to device and back, from pageable memory and from JAX's pinned memory; and a small copy's time."""
     kinds = {memory.kind for memory in device.addressable_memories()}
-    host, small = np.zeros(scale.copy_bytes, np.uint8), np.zeros(4096, np.uint8)
+    host, small = np.ones(scale.copy_bytes, np.uint8), np.ones(4096, np.uint8)
     on_device = jax.device_put(host, device)
     figures: Figures = {
         "h2d_pageable_gbps": host.nbytes / _timed(scale, lambda: jax.device_put(host, device)) / 1e9,
@@ -71,24 +71,35 @@ def copies(device: jax.Device, scale: Scale) -> Figures:
         held = jax.block_until_ready(jax.device_put(on_device, pinned))
         figures["h2d_pinned_gbps"] = host.nbytes / _timed(scale, lambda: jax.device_put(held, here)) / 1e9
         figures["d2h_pinned_gbps"] = host.nbytes / _timed(scale, lambda: jax.device_put(on_device, pinned)) / 1e9
+    figures["d2h_4kb_us"] = _fetching(scale, jax.device_put(small, device)) * 1e6
+    return figures | {"d2h_pageable_gbps": host.nbytes / _fetching(scale, on_device) / 1e9}
+
+
+def _fetching(scale: Scale, array: jax.Array) -> float:
+    """Seconds from a device to NumPy: of an array that is new each time, as JAX keeps what it has brought back once."""
     again = jax.jit(lambda array: array ^ 1)
     times = []
     for _ in range(scale.effort.calls):
-        on_device = jax.block_until_ready(again(on_device))  # JAX keeps what it has brought back once
+        array = jax.block_until_ready(again(array))
         begin = time.perf_counter()
-        np.asarray(on_device)
+        np.asarray(array)
         times.append(time.perf_counter() - begin)
-    return figures | {"d2h_pageable_gbps": host.nbytes / statistics.median(times) / 1e9}
+    return statistics.median(times)
 
 
 def overlap(device: jax.Device, scale: Scale) -> Figures:
-    """A copy and products at once, against each alone: 1 is wholly hidden. The copy is asked for first."""
-    host = np.zeros(scale.copy_bytes, np.uint8)
+    """A copy from pinned memory and products at once, against each alone: 1 is wholly hidden. The copy is asked for
+    first."""
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    host: Any = np.ones(scale.copy_bytes, np.uint8)  # zeros would all be one page
+    if "pinned_host" in kinds:
+        host = jax.device_put(host, jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host"))
+    here = jax.sharding.SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
     a = jax.device_put(jnp.ones((scale.gemm, scale.gemm), jnp.bfloat16), device)
     products = jax.jit(lambda a: jax.lax.fori_loop(0, 16, lambda _, x: (x @ a) * jnp.bfloat16(0.001), a))
-    copy_s = _timed(scale, lambda: jax.device_put(host, device))
+    copy_s = _timed(scale, lambda: jax.device_put(host, here))
     compute_s = _timed(scale, lambda: products(a))
-    both_s = _timed(scale, lambda: (jax.device_put(host, device), products(a)))
+    both_s = _timed(scale, lambda: (jax.device_put(host, here), products(a)))
     return {
         "copy_ms": copy_s * 1e3,
         "compute_ms": compute_s * 1e3,

@@ -63,7 +63,7 @@ def test_tiles_hold_every_row_once(counts: list[int], num_unused: int) -> None:
     group = Group(0, np.arange(12, dtype=np.int32).reshape(2, 6))
     group.experts[1, 6 - num_unused :] = NOBODY
     seen = np.zeros(12, int)
-    for tile in tiles(np.array(counts), group, rows=ROWS, widths=WIDTHS):
+    for tile in tiles(np.array(counts), group, rows=ROWS, widths=WIDTHS, unpack_rows=256):
         assert tile.rows in ROWS
         assert tile.slots.shape[1] in WIDTHS
         for slots, experts in zip(tile.slots, group.experts, strict=True):
@@ -85,15 +85,15 @@ def test_padding_is_a_small_part_of_skewed_routing(exponent: float) -> None:
     counts = np.random.default_rng(0).multinomial(16384 * 8, share / share.sum())
     groups = choose(0, counts, owned(256, 1), size=16, ahead=[])
     widths = (1, 4, 16)
-    total = sum(padded_rows(tiles(counts, group, rows=ROWS, widths=widths)) for group in groups)
+    total = sum(padded_rows(tiles(counts, group, rows=ROWS, widths=widths, unpack_rows=256)) for group in groups)
     assert counts.sum() <= total <= 1.3 * counts.sum()
     # Groups by number, which are copied before the routing is known, hold busy and idle experts together.
     by_number = guess(0, owned(256, 1), size=16, count=16)
     shuffled = np.random.default_rng(1).permutation(counts)
-    total = sum(padded_rows(tiles(shuffled, group, rows=ROWS, widths=widths)) for group in by_number)
+    total = sum(padded_rows(tiles(shuffled, group, rows=ROWS, widths=widths, unpack_rows=256)) for group in by_number)
     assert total <= 2 * counts.sum()
 
 
 def test_a_group_of_nobody_needs_no_tiles() -> None:
     nobody = Group(0, np.full((2, 6), NOBODY, np.int32))
-    assert tiles(np.array([4, 4]), nobody, rows=ROWS, widths=WIDTHS) == []
+    assert tiles(np.array([4, 4]), nobody, rows=ROWS, widths=WIDTHS, unpack_rows=256) == []

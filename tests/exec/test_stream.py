@@ -222,7 +222,7 @@ def test_other_ways_to_the_device_give_the_same_bits(
     if kind == "staged":
         monkeypatch.setattr(copies, "HostRecords", copies.StagedRecords)
     with streaming(folder, residency="auto" if kind == "staged" else "pinned", **sizes) as executor:
-        assert all(lane.source.part_rows == 1 for lane in executor.lanes)
+        assert all(lane.source.part_rows == 1 for lane in executor.lanes.values())
         assert driver.pinned_bytes > 0
         for prompt, logits in zip(ids, expected, strict=True):
             np.testing.assert_array_equal(Scorer(executor).logits(prompt), logits)

@@ -309,3 +309,26 @@ def test_a_store_on_a_closed_pool_is_refused():
         pass
     with pytest.raises(ValueError, match=f"thread pool {pool.id} is closed"):
         Experts.random(SHAPE, "bf16").store(pool)
+
+
+def test_an_arena_takes_its_own_size_of_memory_and_gives_it_back(pool: ThreadPool, tmp_path: Path) -> None:
+    """From tensors in a mapped file, whose pages are the system's."""
+    shape = StoreShape(num_layers=2, num_experts=8, hidden=1024, ffn=1024)
+    file = np.memmap(tmp_path / "experts", np.uint16, mode="w+", shape=(2, 8, 3, 1024, 1024))
+    tensors = (
+        ExpertTensor(layer, expert, matrix, file[layer, expert, i].view(ml_dtypes.bfloat16))
+        for layer in range(2)
+        for expert in range(8)
+        for i, matrix in enumerate(("gate", "up", "down"))
+    )
+    before = own_bytes()
+    with ExpertStore(tensors, shape=shape, codec="bf16", pool=pool, residency="arena") as store:
+        assert store.num_bytes == file.nbytes
+        assert 0.9 * file.nbytes < own_bytes() - before < 1.2 * file.nbytes
+    assert own_bytes() - before < 0.2 * file.nbytes
+
+
+def own_bytes() -> int:
+    """Of this process's memory, what is no file's."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:")]
+    return int(line.split()[1]) * 1024

@@ -84,4 +84,5 @@ def test_time_lies_between_the_busier_side_and_both_in_turn(
     deeper = prefill_cost(DEEPSEEK_V3, rates, tokens, pass_len=pass_len, ahead_experts=ahead + 64)
     assert deeper.seconds <= cost.seconds * (1 + 1e-9)
     halves = prefill_cost(DEEPSEEK_V3, replace(rates, num_devices=2), tokens, pass_len=pass_len, ahead_experts=ahead)
-    assert halves.seconds == pytest.approx(cost.seconds / 2)
+    # Both devices expand the latents of the whole context, for their own tokens.
+    assert cost.seconds / 2 * (1 - 1e-9) <= halves.seconds <= cost.seconds

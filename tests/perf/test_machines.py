@@ -55,6 +55,9 @@ def test_measured_rates_are_expected_on_the_machine_where_they_were_measured(cap
     ("kind", "name"),
     [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA GeForce RTX 5090", "rtx5090"), ("NVIDIA Unheard-of", "rtx4090")],
 )
-def test_a_gpu_that_nobody_measured_has_the_rates_of_its_data_sheet(kind: str, name: str) -> None:
+def test_a_gpu_that_nobody_measured_has_the_rates_of_its_data_sheet(
+    kind: str, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     found = expected_rates(Mock(spec=jax.Device, platform="gpu", device_kind=kind))
     assert found == replace(sheet_rates(name), name=f"data sheet of {name}")
+    assert ("unheard-of are unknown, those of rtx4090 are taken" in caplog.text) is ("Unheard-of" in kind)

@@ -110,10 +110,14 @@ def test_the_gpu_suite_runs_without_a_gpu(tmp_path: Path) -> None:
     status, stdout, stderr = finish("gpu_suite", "--json", f"--out={tmp_path / 'out'}", cache=tmp_path)
     assert status == 0, stdout + stderr
     results = json.loads(stdout.splitlines()[-1])
-    assert set(results) == {"versions", "graph_executor", "copies", "overlap", "grouped", "attention"}
-    assert results["graph_executor"]["relative_error"] == 0.0  # the same device twice
+    checks = ["versions", "executors", "copies", "pinned", "overlap", "grouped", "attention", "stream"]
+    assert list(results) == checks
+    assert results["executors"]["graph_f32_error"] == 0.0  # the same device twice
+    assert all(results["executors"][f"{name}_error"] < 0.05 for name in ("graph", "fused", "stream"))
+    assert "driver is not to be had" in results["pinned"].get("skipped", "driver is not to be had")
+    assert results["stream"]["200_s"] > 0
     assert all(results["grouped"][f"{variant}_16_tflops"] > 0 for variant in VARIANTS)
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
     status, _, stderr = finish("gpu_suite", "--only=speed", f"--out={tmp_path / 'out'}", cache=tmp_path)
     assert status == 1
-    assert "--only=speed: expected one of versions, graph_executor" in stderr
+    assert "--only=speed: expected one of versions, executors" in stderr
