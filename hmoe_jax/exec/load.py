@@ -23,7 +23,7 @@ from hmoe_jax.architectures.deepseek_v3_checkpoint import (
 from hmoe_jax.checkpoint.index import Checkpoint
 from hmoe_jax.checkpoint.specs import TensorSpec, check_scales, check_stored_shape, check_tensors
 from hmoe_jax.config import ModelConfig
-from hmoe_jax.nn.attention import UpProjections
+from hmoe_jax.nn.attention import GpuAttention, UpProjections
 from hmoe_jax.nn.linear import Projection
 from hmoe_jax.quant.formats import FORMATS
 
@@ -71,13 +71,14 @@ def load_weights(
     *,
     dtype: DTypeLike,
     pool: int | None,
+    on_gpu: GpuAttention = "xla",
     advance: Callable[[int], None],
 ) -> Weights:
     """Everything but the routed experts, copied to the default device and prepared.
 
     Quantised projections stay as stored; router weights stay `dtype` if they are that, and become FP32 otherwise;
     everything else becomes `dtype`. On the CPU platform the native thread pool with the id `pool` multiplies and
-    attends, or XLA if it is None. `advance` is told bytes.
+    attends, or XLA if it is None; `on_gpu` says who attends there. `advance` is told bytes.
     """
 
     def read(node: Any) -> Any:
@@ -88,7 +89,7 @@ def load_weights(
         return replace(node, weight=weight, scale=scale)
 
     weights = jax.tree.map(read, describe(config), is_leaf=lambda node: isinstance(node, Projection))
-    return _set_pool(prepare(config, _cast(weights, dtype), dtype=dtype), pool)
+    return _set_kernels(prepare(config, _cast(weights, dtype), dtype=dtype), pool, on_gpu)
 
 
 def read_matrix(
@@ -130,8 +131,13 @@ def _cast(weights: Weights, dtype: DTypeLike) -> Weights:
     return jax.tree.map(cast, weights, is_leaf=is_special)
 
 
-def _set_pool(weights: Weights, pool: int | None) -> Weights:
+def _set_kernels(weights: Weights, pool: int | None, on_gpu: GpuAttention) -> Weights:
     def has_pool(node: object) -> bool:
         return isinstance(node, Projection | UpProjections)
 
-    return jax.tree.map(lambda node: replace(node, pool=pool) if has_pool(node) else node, weights, is_leaf=has_pool)
+    def choose(node: Any) -> Any:
+        if isinstance(node, UpProjections):
+            return replace(node, pool=pool, on_gpu=on_gpu)
+        return replace(node, pool=pool) if isinstance(node, Projection) else node
+
+    return jax.tree.map(choose, weights, is_leaf=has_pool)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -52,7 +52,8 @@ def open_executor(
                 backend = fused.load_experts(config, checkpoint, pool=pool, residency=plan.residency, advance=advance)
             owned.callback(backend.close)
             pool_id = None if pool is None else pool.id
-            weights = load_weights(config, checkpoint, dtype=plan.dtype, pool=pool_id, advance=advance)
+            kernels: dict[str, Any] = {"pool": pool_id, "on_gpu": plan.attention}
+            weights = load_weights(config, checkpoint, dtype=plan.dtype, **kernels, advance=advance)
         if plan.residency == "pinned" and backend.store is not None:
             fused.pin_experts(backend.store)
         guard.check()  # what is not mapped was read now

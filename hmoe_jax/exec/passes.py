@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax
 
 from hmoe_jax.config import ModelConfig
+from hmoe_jax.nn.attention import RUN_CHUNKS
 from hmoe_jax.perf.cost import Rates, expert_bytes
 from hmoe_jax.perf.machines import UNMEASURED_CPU
 
@@ -104,14 +105,15 @@ def group_bytes(config: ModelConfig, group_size: int, *, rows: int | None = None
 def block_bytes(config: ModelConfig, block_len: int = BLOCK_LEN) -> int:
     """Of a device's memory that `front`, `back` or a dense layer takes for a block of tokens.
 
-    The largest dense matrix in FP32 and as two BF16 numbers, and another one in the making; queries, keys and values of
-    all heads in FP32 and BF16; scores of a chunk of the context, twice in FP32 and once in BF16; the inner activations
-    of an MLP; and the residual, its norm and its update.
+    The largest dense matrix in FP32 and as two BF16 numbers, and another one in the making; keys and values of a run of
+    the context, in FP32 and BF16; queries, keys and values of all heads in FP32 and BF16; scores of a chunk of the
+    context, twice in FP32 and once in BF16; the inner activations of an MLP; and the residual, its norm and its update.
     """
+    run = CHUNK_LEN * RUN_CHUNKS * config.num_heads * (config.nope_dim + config.v_dim) * (4 + 2)
     attention = config.num_heads * ((config.qk_dim + config.v_dim) * (4 + 2) + CHUNK_LEN * (4 + 4 + 2))
     inner = max(config.dense_ffn, config.num_shared_experts * config.expert_ffn) * (4 * 3 + 2)
     widest = max(config.num_heads * config.v_dim, config.dense_ffn, config.num_shared_experts * config.expert_ffn)
-    return config.hidden_size * widest * 12 + block_len * (attention + inner + config.hidden_size * 4 * 4)
+    return config.hidden_size * widest * 12 + run + block_len * (attention + inner + config.hidden_size * 4 * 4)
 
 
 def token_bytes(config: ModelConfig) -> int:

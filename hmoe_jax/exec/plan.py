@@ -16,6 +16,7 @@ from hmoe_jax.exec.durations import Durations
 from hmoe_jax.exec.passes import CHUNK_LEN, MIN_PASS, StreamPlan, stream_sizes
 from hmoe_jax.kernels.pool import available_isas, resolve_num_threads
 from hmoe_jax.kv.pages import CacheLayout
+from hmoe_jax.nn.attention import GpuAttention
 from hmoe_jax.perf.cost import Rates, held_bytes, prefill_cost, streams_from
 from hmoe_jax.perf.machines import UNMEASURED_CPU, expected_rates
 from hmoe_jax.perf.sizes import count_parameters
@@ -119,6 +120,7 @@ class Plan:
     dtype: Any
     isa: str
     num_threads: int
+    attention: GpuAttention
     layout: CacheLayout
     buckets: Buckets
     stream: StreamPlan | None = None
@@ -167,6 +169,8 @@ def resolve(options: EngineOptions, config: ModelConfig, hardware: Hardware) -> 
     num_threads = resolve_num_threads(options.num_threads)
     if options.num_threads == "auto":
         reasons["num_threads"] = f"{num_threads}, the physical cores that this process may use"
+    if hardware.platform != "cpu":
+        reasons["attention"] = f"{hardware.rates.attention}, by the rates of {hardware.rates.name}"
     layout = _layout(options, config, hardware, executor, dtype, reasons)
     stream = _stream(options, config, hardware, executor, layout, reasons)
     return Plan(
@@ -176,6 +180,7 @@ def resolve(options: EngineOptions, config: ModelConfig, hardware: Hardware) -> 
         dtype=jnp.dtype(dtype),
         isa=isa,
         num_threads=num_threads,
+        attention=hardware.rates.attention,
         layout=layout,
         buckets=_buckets(options, layout, stream),
         stream=stream,

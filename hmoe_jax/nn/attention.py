@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,19 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, UInt
 
 from hmoe_jax.core import record
+from hmoe_jax.kernels.flash_attention import KEYS, Softmax, attend_run, fits
 from hmoe_jax.kernels.mla_attention import mla_attention
 from hmoe_jax.kernels.mla_prefill import mla_prefill
 from hmoe_jax.nn.einsum import einsum_f32
 
+GpuAttention = Literal["xla", "flash"]
+"""How a GPU attends to a prompt: by XLA's programs, or by a kernel of our own where the widths fit it."""
 
-@partial(jax.tree_util.register_dataclass, data_fields=("key", "value"), meta_fields=("pool",))
+RUN_CHUNKS = 8
+"""Chunks whose keys and values are expanded together for the kernel."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("key", "value"), meta_fields=("pool", "on_gpu"))
 @dataclass(frozen=True)
 class UpProjections:
     """How latents become keys and values: `key [h, n, r]`, `value [h, v, r]`.
@@ -36,6 +43,7 @@ class UpProjections:
     key: Any
     value: Any
     pool: int | None = None
+    on_gpu: GpuAttention = "xla"
 
 
 @record
@@ -83,7 +91,12 @@ def attend_decompressed(
     queries: Queries, up: UpProjections, context: Context, *, scale: float
 ) -> Float[Array, "t h v"]:
     """Attention of all `t` tokens of one sequence. Scores and sums in FP32; the result has the queries' dtype."""
-    return _native_or_xla(mla_prefill, _attend_decompressed_xla, queries, up, context, scale=scale)
+    num_tokens, _, nope = queries.nope.shape
+    widths = (nope, queries.rope.shape[-1], up.value.shape[1])
+    plain = _attend_decompressed_xla
+    if up.on_gpu == "flash" and fits(num_tokens, *widths) and context.chunk_len * RUN_CHUNKS % KEYS == 0:
+        plain = _attend_decompressed_gpu
+    return _native_or_xla(mla_prefill, plain, queries, up, context, scale=scale)
 
 
 def attend_absorbed(queries: Queries, up: UpProjections, context: Context, *, scale: float) -> Float[Array, "t h v"]:
@@ -124,6 +137,42 @@ def _attend_decompressed_xla(
         return scores, lambda p: einsum_f32("ths,shv->thv", p, v)
 
     return _online_softmax(scores_and_values, queries, context, width=up.value.shape[1], scale=scale)
+
+
+def _attend_decompressed_gpu(
+    queries: Queries, up: UpProjections, context: Context, *, scale: float
+) -> Float[Array, "t h v"]:
+    def flash(queries: Queries, up: UpProjections) -> Float[Array, "t h v"]:
+        return attend_decompressed_flash(queries, up, context, scale=scale)
+
+    def xla(queries: Queries, up: UpProjections) -> Float[Array, "t h v"]:
+        return _attend_decompressed_xla(queries, up, context, scale=scale)
+
+    return lax.platform_dependent(queries, up, cuda=flash, default=xla)
+
+
+def attend_decompressed_flash(
+    queries: Queries, up: UpProjections, context: Context, *, scale: float, interpret: bool = False
+) -> Float[Array, "t h v"]:
+    """As `attend_decompressed`, by the kernel for GPUs."""
+    nope, rope = (jnp.swapaxes(each, 0, 1) for each in (queries.nope, queries.rope))
+    rank, run_len = up.key.shape[-1], RUN_CHUNKS * context.chunk_len
+
+    def meet(i: Array, seen: Softmax) -> Softmax:
+        first = i * run_len
+        latents = jnp.concatenate([context.chunk(i * RUN_CHUNKS + j) for j in range(RUN_CHUNKS)])
+        visible = (first + jnp.arange(run_len)) <= context.positions[:, None]
+        latents = _without_unseen(latents, visible)
+        c, k_pe = latents[:, :rank], latents[:, rank:]
+        key = einsum_f32("sr,hnr->hsn", c, up.key).astype(c.dtype)
+        value = einsum_f32("sr,hvr->hsv", c, up.value).astype(c.dtype)
+        operands = (nope, rope, key, k_pe, value, context.positions, first)
+        return attend_run(seen, *operands, scale=scale, interpret=interpret)
+
+    start = Softmax.empty(nope.shape[0], nope.shape[1], up.value.shape[1])
+    num_runs = -(-context.num_chunks // RUN_CHUNKS)
+    seen = lax.fori_loop(0, num_runs, meet, start)
+    return jnp.swapaxes(seen.mixed / seen.total[..., None], 0, 1).astype(queries.nope.dtype)
 
 
 def _attend_absorbed_xla(

@@ -15,6 +15,7 @@ import jax
 from hmoe_jax.architectures.deepseek_v3_checkpoint import MATRICES, describe, describe_experts
 from hmoe_jax.checkpoint.specs import TensorSpec
 from hmoe_jax.config import ModelConfig
+from hmoe_jax.nn.attention import GpuAttention
 from hmoe_jax.nn.linear import Projection
 from hmoe_jax.perf.sizes import cache_bytes_per_token, count_parameters
 from hmoe_jax.quant.formats import FORMATS
@@ -33,7 +34,8 @@ class Rates:
     `device_gbps`: a device's reading of weights when it decodes. `linear_tflops`, `grouped_tflops`, `attention_tflops`:
     one device's dense projections, routed experts and attention of a prompt. `unpack_gbps`: its turning of stored
     experts into what it multiplies, once for each tile of tokens. `dispatch_s`: starting one program.
-    `variant`: the fastest way to multiply a group (`kernels.grouped.VARIANTS`), whose rate `grouped_tflops` is.
+    `variant`: the fastest way to multiply a group (`kernels.grouped.VARIANTS`), whose rate `grouped_tflops` is;
+    `attention`: the same of `attention_tflops`.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Rates:
     dispatch_s: float
     num_devices: int = 1
     variant: str = "batched"
+    attention: GpuAttention = "xla"
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from hmoe_jax.kv.pages import read_chunk
-from hmoe_jax.nn.attention import Context, Pages, Queries, UpProjections, attend_decompressed
+from hmoe_jax.nn.attention import Context, GpuAttention, Pages, Queries, UpProjections, attend_decompressed
 from measuring.timing import Effort, median_seconds
 
 NOPE, ROPE, VALUE, RANK = 128, 64, 128, 512
@@ -15,10 +18,19 @@ NOPE, ROPE, VALUE, RANK = 128, 64, 128, 512
 PAGE, CHUNK = 64, 256
 
 
-def attention_tflops(*, heads: int, block_len: int, context_len: int, effort: Effort, pool: int | None = None) -> float:
-    """Of the last block of a prompt of `context_len` tokens, decompressed, on JAX's default device.
+def attention_tflops(*, effort: Effort, **case: Any) -> float:
+    """Of an `attention_call`. Counted are the keys and values of the whole context, from latents, and the products with
+    them."""
+    heads, block_len, context_len = (case[name] for name in ("heads", "block_len", "context_len"))
+    pairs = block_len * (context_len - block_len / 2)
+    flops = 2 * heads * ((NOPE + ROPE + VALUE) * pairs + (NOPE + VALUE) * RANK * context_len)
+    return flops / median_seconds(attention_call(**case), effort) / 1e12
 
-    Counted are the keys and values of the whole context, from latents, and the products with them.
+
+def attention_call(
+    *, heads: int, block_len: int, context_len: int, pool: int | None = None, on_gpu: GpuAttention = "xla"
+) -> Callable[[], jax.Array]:
+    """The last block of a prompt of `context_len` tokens, decompressed, on JAX's default device.
 
     `pool` is the native thread pool that attends on the CPU platform; None leaves it to XLA.
     """
@@ -31,6 +43,7 @@ def attention_tflops(*, heads: int, block_len: int, context_len: int, effort: Ef
         key=jnp.full((heads, NOPE, RANK), 0.01, jnp.bfloat16),
         value=jnp.full((heads, VALUE, RANK), 0.01, jnp.bfloat16),
         pool=pool,
+        on_gpu=on_gpu,
     )
     latents = jax.random.normal(keys[2], (context_len // PAGE, PAGE, RANK + ROPE), jnp.bfloat16)
     cache = jax.lax.bitcast_convert_type(latents, jnp.uint16)
@@ -47,6 +60,4 @@ def attention_tflops(*, heads: int, block_len: int, context_len: int, effort: Ef
         )
         return attend_decompressed(queries, up, context, scale=0.1)
 
-    pairs = block_len * (context_len - block_len / 2)
-    flops = 2 * heads * ((NOPE + ROPE + VALUE) * pairs + (NOPE + VALUE) * RANK * context_len)
-    return flops / median_seconds(lambda: attend(queries, up, cache), effort) / 1e12
+    return lambda: attend(queries, up, cache)

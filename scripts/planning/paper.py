@@ -43,8 +43,8 @@ def compare(config: ModelConfig, rates: Rates, shape: Callable[[int], dict[str, 
         "weights whose scales follow the columns: two products, and two BF16 numbers written to memory and read for",
         "each tile. Programs that round weights to BF16, or unpack them inside the product, need half of it or none.",
         "On two devices link, projections and experts are halved alike; keys and values of the context are expanded on",
-        "both. The prediction has no collective in it, the paper's factor of 1.5 does: ours are a reduction and gathers",
-        "of the activations in every layer. Nor has it that attention, left to XLA, writes its scores to memory.",
+        "both. The prediction has no collective in it, the paper's factor of 1.5 does: ours are a reduction and",
+        "gathers of the activations in every layer. Nor has it that attention, left to XLA, writes scores to memory.",
     ]
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
-from measuring.attention import attention_tflops
+from measuring.attention import attention_call, attention_tflops
 from measuring.experts import measure_variants, random_store
 from measuring.timing import Effort, median_seconds
 
@@ -118,12 +118,20 @@ def grouped(device: jax.Device, scale: Scale) -> Figures:
 
 
 def attention(device: jax.Device, scale: Scale) -> Figures:
-    """The last block of prompts: decompressed attention to the whole context."""
+    """The last block of prompts: decompressed attention to the whole context, by XLA and by the kernel for GPUs."""
     sizes = {"heads": scale.heads, "block_len": scale.block_len}
-    return {
-        f"{context_len}_tflops": attention_tflops(**sizes, context_len=context_len, effort=scale.effort)
-        for context_len in scale.contexts
-    }
+    figures: Figures = {}
+    for length in scale.contexts:
+        case = {**sizes, "context_len": length}
+        figures[f"xla_{length}_tflops"] = attention_tflops(**case, effort=scale.effort)
+        if device.platform == "cpu":
+            continue
+        figures[f"flash_{length}_tflops"] = attention_tflops(**case, on_gpu="flash", effort=scale.effort)
+        expected, actual = (np.asarray(attention_call(**case, on_gpu=way)(), np.float32) for way in ("xla", "flash"))
+        figures[f"flash_{length}_error"] = float(np.abs(actual - expected).max() / np.abs(expected).max())
+        if not figures[f"flash_{length}_error"] < 0.02:
+            raise ValueError(f"the kernel's attention is off by {figures[f'flash_{length}_error']:.3g}")
+    return figures
 
 
 def _timed(scale: Scale, call: Callable[[], Any]) -> float:

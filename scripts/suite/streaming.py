@@ -83,7 +83,9 @@ def executors(device: jax.Device, scale: Scale, *, model: Path) -> Figures:
         "fused": {"executor": "fused", "prefill": "step"},
         "stream": {"executor": "fused", "prefill": "stream"},
     }
-    with load_for_scoring(model, device="cpu", **ways["graph_f32"], max_model_len=length + 8) as scorer:
+    if scale is not FULL:
+        ways = {name: ways[name] for name in ("graph_f32", "stream")}
+    with load_for_scoring(model, device="cpu", executor="graph", dtype="float32", max_model_len=length + 8) as scorer:
         tokens, expected = scorer.greedy(prompt, 8)
     figures: Figures = {}
     for name, wishes in ways.items():

@@ -41,6 +41,11 @@ class Computation:
         assert self.ended.wait(30)
 
 
+class FailedComputation(Computation):
+    def block_until_ready(self) -> None:
+        raise RuntimeError("out of memory")
+
+
 @pytest.fixture
 def lane() -> Lane:
     return Lane()
@@ -93,3 +98,19 @@ def test_closing_drops_copies_that_have_not_begun(lane: Lane, stream: ExpertStre
         stream.ask(group(layer))
     stream.close()  # would wait for ever
     assert stream.ahead == []
+
+
+def test_closing_waits_for_every_computation_and_then_raises_what_failed(stream: ExpertStream) -> None:
+    last = Computation()
+    for layer, computation in enumerate((FailedComputation(), last)):
+        stream.ask(group(layer))
+        stream.take()
+        stream.computing(computation)
+    with ThreadPoolExecutor(1) as thread:
+        closing = thread.submit(stream.close)
+        with pytest.raises(TimeoutError):
+            closing.result(timeout=0.2)
+        last.ended.set()
+        with pytest.raises(RuntimeError, match="out of memory"):
+            closing.result(timeout=30)
+    stream.close()  # nothing is left of it

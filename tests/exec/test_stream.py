@@ -7,6 +7,7 @@ import itertools
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from hmoe_jax.exec import copies
 from hmoe_jax.exec.batch import prefill_batch
 from hmoe_jax.exec.open import open_executor
 from hmoe_jax.exec.plan import EngineOptions
+from hmoe_jax.exec.programs import StepCancelledError
 from hmoe_jax.exec.quanta import QuantumPrograms
 from hmoe_jax.exec.score import Scorer, load_for_scoring
 from hmoe_jax.exec.step import prefill, prefill_logits, prefill_scored
@@ -228,3 +230,19 @@ def test_other_ways_to_the_device_give_the_same_bits(
             np.testing.assert_array_equal(Scorer(executor).logits(prompt), logits)
         executor._warm_up_prefill(32)
     gc.collect()
+
+
+def test_a_prompt_that_waits_for_a_copy_is_cancelled_at_once(reference: Reference) -> None:
+    """Every group takes a second to come, the whole prompt more than twenty."""
+    folder, _ = reference("deepseek")
+    with streaming(folder, group_size=2, depth=3) as executor:
+        batch = prefill_batch(random_ids("deepseek", 60).tolist(), executor.layout, size=60, pages=[1])
+        executor.run(prefill, batch)  # compiles
+        (lane,) = executor.lanes.values()
+        lane._link_gbps = 2 * executor._records.num_bytes / 1e9
+        begin = time.perf_counter()
+        with pytest.raises(StepCancelledError):
+            executor.run(prefill, batch, is_cancelled=lambda: time.perf_counter() > begin + 2)
+        assert time.perf_counter() - begin < 2 + 1 + 2  # the copy that is under way, and a slow machine
+        lane._link_gbps = None
+        executor.run(prefill, batch)

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from hmoe_jax.kernels.pool import ThreadPool
-from hmoe_jax.nn.attention import Context, Pages, Queries, UpProjections, attend_absorbed, attend_decompressed
+from hmoe_jax.nn.attention import (
+    Context,
+    Pages,
+    Queries,
+    UpProjections,
+    attend_absorbed,
+    attend_decompressed,
+    attend_decompressed_flash,
+)
 
 HEADS, NOPE, ROPE, VALUE, RANK = 3, 5, 4, 7, 11
 SCALE = 0.4
@@ -213,3 +221,29 @@ def test_a_pool_attends_to_pages_as_xla_does(attend: Callable[..., jax.Array], n
         native = np.asarray(attend(queries, replace(up, pool=pool.id), context, scale=SCALE), np.float32)
     # Both round at the same places; FP32 sums of another order move some of the four roundings to the neighbour.
     assert np.abs(native - plain).max() <= 4 * 2.0**-8 * np.abs(plain).max()
+
+
+@pytest.mark.parametrize(("begin", "context_len"), [(0, 16), (100, 116), (1, 17)])
+def test_the_kernel_for_gpus_is_plain_attention(begin: int, context_len: int) -> None:
+    case = random_case(list(range(begin, begin + 16)), context_len, seed=3)
+    context = context_of(case.latents, case.positions, chunk_len=8, num_chunks=None, dtype=jnp.float32)
+    actual = attend_decompressed_flash(case.queries(), case.up(), context, scale=SCALE, interpret=True)
+    np.testing.assert_allclose(actual, case.formula(), atol=FP32_TOLERANCE)
+
+
+def test_on_a_gpu_it_is_used_where_it_was_chosen_and_fits() -> None:
+    def lowered(on_gpu: str, width: int) -> str:
+        shapes = {"nope": (16, 2, width), "rope": (16, 2, 16)}
+        queries = Queries(**{name: jnp.zeros(shape, jnp.bfloat16) for name, shape in shapes.items()})
+        up = UpProjections(*(jnp.zeros((2, width, 32), jnp.bfloat16),) * 2, on_gpu=on_gpu)
+        latents = jnp.zeros((64, 32 + 16), jnp.bfloat16)
+
+        def attend(queries: Queries, up: UpProjections) -> jax.Array:
+            context = Context(lambda i: latents, 64, jnp.int32(1), jnp.arange(16, dtype=jnp.int32))
+            return attend_decompressed(queries, up, context, scale=SCALE)
+
+        return jax.jit(attend).trace(queries, up).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "triton" in lowered("flash", 32)
+    assert "triton" not in lowered("flash", 24)
+    assert "triton" not in lowered("xla", 32)

@@ -84,7 +84,7 @@ def test_calibration_measures_every_rate(tmp_path: Path) -> None:
     assert status == 0, stderr
     rates = json.loads(stdout.splitlines()[-1])
     variants, best = rates.pop("variants"), rates["variant"]
-    assert all(value > 0 for name, value in rates.items() if name not in ("name", "variant"))
+    assert all(value > 0 for name, value in rates.items() if not isinstance(value, str))
     assert set(variants) == set(VARIANTS)
     assert max(variants, key=lambda variant: variants[variant]["512"]) == best
     assert f"the fastest {best}:" in stdout
@@ -113,7 +113,7 @@ def test_the_gpu_suite_runs_without_a_gpu(tmp_path: Path) -> None:
     checks = ["versions", "executors", "copies", "pinned", "overlap", "grouped", "attention", "stream"]
     assert list(results) == checks
     assert results["executors"]["graph_f32_error"] == 0.0  # the same device twice
-    assert all(results["executors"][f"{name}_error"] < 0.05 for name in ("graph", "fused", "stream"))
+    assert all(results["executors"][f"{name}_error"] < 0.05 for name in ("graph_f32", "stream"))
     assert "driver is not to be had" in results["pinned"].get("skipped", "driver is not to be had")
     assert results["stream"]["200_s"] > 0
     assert all(results["grouped"][f"{variant}_16_tflops"] > 0 for variant in VARIANTS)
