@@ -94,8 +94,7 @@ class PinnedRecords:
         self._group_size, self._sharding = plan.group_size, in_device_memory(device)
 
     def bring(self, layer: int, experts: Int32[np.ndarray, " e"]) -> Records:
-        chosen = experts if len(experts) else [0]  # programs have fixed shapes: one in vain
-        held = [self._record(layer, int(expert)) for expert in chosen]
+        held = [self._record(layer, int(expert)) for expert in _at_least_one(experts)]
         return jax.block_until_ready(_padded(jax.device_put(held, self._sharding), self._group_size))
 
 
@@ -111,8 +110,7 @@ class StagedRecords:
         self._ring = deque(StagingBuffer(store.record_layout.num_bytes, device) for _ in range(STAGING_BUFFERS))
 
     def bring(self, layer: int, experts: Int32[np.ndarray, " e"]) -> Records:
-        chosen = experts if len(experts) else np.zeros(1, np.int32)
-        sent = [self._send(layer, chosen[i : i + 1]) for i in range(len(chosen))]
+        sent = [self._send(layer, expert) for expert in _at_least_one(experts)[:, None]]
         return jax.block_until_ready(_padded(sent, self._group_size))
 
     def _send(self, layer: int, expert: Int32[np.ndarray, " 1"]) -> UInt8[Array, "1 n"]:
@@ -190,7 +188,8 @@ class ExpertStream:
 
     def has_come(self, timeout_s: float) -> bool:
         """Whether the oldest group that was asked for is there, within so long."""
-        return not wait(self._asked[0][1], timeout=timeout_s).not_done
+        copies = self._asked[0][1]
+        return all(copy.done() for copy in copies) or not wait(copies, timeout=timeout_s).not_done
 
     def take(self) -> tuple[Group, Records]:
         """The oldest group that was asked for, when it has come: the devices' records, along the axis of experts."""
@@ -224,6 +223,11 @@ class ExpertStream:
             for copy in copies:
                 if not copy.cancel():
                     copy.exception()
+
+
+def _at_least_one(experts: Int32[np.ndarray, " e"]) -> Int32[np.ndarray, " a"]:
+    """A device that has none left is sent one in vain: programs have fixed shapes."""
+    return experts if len(experts) else np.zeros(1, np.int32)
 
 
 def _padded(rows: list[UInt8[Array, "1 n"]], count: int) -> Records:

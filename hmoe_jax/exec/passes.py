@@ -134,7 +134,7 @@ def stream_sizes(config: ModelConfig, num_devices: int, *, memory_bytes: int, ma
         """Beside the tokens of a pass. Blocks and groups are computed in turn."""
         return max(group_bytes(config, size), block_bytes(config, block_len)) + MIN_DEPTH * size * record
 
-    while group_size > 1 and least_bytes(group_size) > memory_bytes // 4:
+    while group_size > 1 and group_bytes(config, group_size) + MIN_DEPTH * group_size * record > memory_bytes // 4:
         group_size //= 2
     left = memory_bytes - least_bytes(group_size)
     pass_len = left // token_bytes(config)

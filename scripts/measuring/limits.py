@@ -16,13 +16,19 @@ NUM_GROUPS = 6
 
 
 def link_gbps(lanes: Sequence[CopyLane], groups: Iterable[Group], *, depth: int) -> float:
-    """All lanes at once, some of the groups in turn; the first `depth` of them only touch the lanes' buffers."""
+    """All lanes at once, some of the groups in turn: first to touch their pages and the lanes' buffers, then again."""
+    some = list(itertools.islice(groups, NUM_GROUPS))
+    _copy(lanes, itertools.islice(itertools.cycle(some), max(depth, len(some))))
+    spans = _copy(lanes, some)
+    return sum(span.num_bytes for span in spans) / busy_seconds(spans) / 1e9
+
+
+def _copy(lanes: Sequence[CopyLane], groups: Iterable[Group]) -> list[Span]:
     spans: list[Span] = []
-    for group in itertools.islice(itertools.cycle(groups), depth + NUM_GROUPS):
+    for group in groups:
         copies = [lane.submit(group.layer, experts) for lane, experts in zip(lanes, group.experts, strict=True)]
         spans += [copy.result()[1] for copy in copies]
-    counted = spans[depth * len(lanes) :]
-    return sum(span.num_bytes for span in counted) / busy_seconds(counted) / 1e9
+    return spans
 
 
 def square_tflops(devices: Sequence[jax.Device]) -> float:
