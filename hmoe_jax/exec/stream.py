@@ -49,7 +49,7 @@ from hmoe_jax.exec.step import (
 )
 from hmoe_jax.kernels.grouped.routes import SortedRoutes
 from hmoe_jax.nn.norm import rms_norm
-from hmoe_jax.perf.cost import prefill_cost, unpack_rows, used_share
+from hmoe_jax.perf.cost import PrefillCost, prefill_cost, unpack_rows, used_share
 from hmoe_jax.perf.lanes import Recorder
 from hmoe_jax.sampling import SamplerState
 
@@ -76,6 +76,7 @@ class _Prompt:
     start: int
     length: int
     block_len: int
+    num_guessed: int
 
 
 Quanta = Generator[Quantum, None, Any]
@@ -248,10 +249,8 @@ class StreamExecutor(Executor):
         """What to copy of a layer before its router has chosen: nothing, if most of it would be in vain."""
         if layer == self.config.num_moe_layers or used_share(self.config, prompt.length) < LIKELY:
             return []
-        size = self.stream.group_size
-        count = self._durations.groups_beside_front(prompt.length, prompt.start, self.stream.group_size)
-        count = min(count, self.stream.depth - 1)
-        return guess(layer, owned(self.config.num_experts, self._num_devices), size=size, count=count)
+        owners = owned(self.config.num_experts, self._num_devices)
+        return guess(layer, owners, size=self.stream.group_size, count=prompt.num_guessed)
 
     def _finish(self, function: StepFunction, batch: PrefillBatch, x: Array, routes: list[Array]) -> Any:
         """The output of `function` from the padded activations after the last layer, on the first device."""
@@ -288,11 +287,26 @@ class StreamExecutor(Executor):
         tokens, targets = (np.pad(each, (0, missing)) for each in (batch.tokens, batch.targets))
         padded = replace(batch, tokens=tokens, targets=targets)
         everywhere = jax.device_put(padded, NamedSharding(self._mesh, EVERYWHERE))
-        return _Prompt(everywhere, int(batch.start), int(batch.length), block_len)
+        start, length = int(batch.start), int(batch.length)
+        return _Prompt(everywhere, start, length, block_len, self._num_guessed(start, length))
+
+    def _num_guessed(self, start: int, length: int) -> int:
+        """Groups of a layer that are copied by number, before its router has chosen.
+
+        Where the link is the limit, as many as the ring holds: it shall never rest. Else no more than come beside the
+        layer's front, as groups by load are multiplied in fewer rows.
+        """
+        cost = self._cost(length)
+        if cost.copy_s >= cost.front_s + cost.experts_s:
+            return self.stream.depth - 1
+        return min(self._durations.groups_beside_front(length, start, self.stream.group_size), self.stream.depth - 1)
+
+    def _cost(self, length: int) -> PrefillCost:
+        return prefill_cost(self.config, self.stream.rates, length, **self.stream.costs(self._num_devices))
 
     def _progress(self, batch: PrefillBatch) -> AbstractContextManager[Callable[[float], None]]:
         num_tokens = int(batch.length)
-        cost = prefill_cost(self.config, self.stream.rates, num_tokens, **self.stream.costs(self._num_devices))
+        cost = self._cost(num_tokens)
         return prefill_progress(cost.front_s + cost.experts_s, num_tokens=num_tokens, expected_s=cost.seconds)
 
     def _replicate(self, array: Array) -> Array:
