@@ -1,7 +1,8 @@
 """What a model needs and should reach on a machine that one may not have: memory, prefill, decode, and their limits.
 
-`--gpu` takes its figures from data sheets: what is printed then is what our programs cost at rates that none holds for
-long. With `--gpu=measured` the rates are this machine's own, as `calibrate.py` measured them.
+`--gpu` takes its figures from data sheets: what is printed then is what our kernels cost at rates that none holds for
+long; where calibration does not choose them, XLA's programs cost more. With `--gpu=measured` the rates are this
+machine's own, as `calibrate.py` measured them.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ def _rates() -> Rates:
             if flag.present:
                 raise ValueError(f"--{flag.name} is measured too: leave it out with --gpu=measured")
         return load_rates()
-    return sheet_rates(_GPU.value, num_gpus=_NUM_GPUS.value, dram_gbps=_DRAM.value, link_gbps=_LINK.value)
+    return sheet_rates(
+        _GPU.value, num_gpus=_NUM_GPUS.value, dram_gbps=_DRAM.value, link_gbps=_LINK.value, has_kernels=True
+    )
 
 
 def _device() -> tuple[int, str]:

@@ -6,6 +6,7 @@ import json
 import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -23,6 +24,10 @@ PRODUCTS_PER_WEIGHT = 2
 
 BYTES_PER_BYTE = 9
 """Device memory's traffic for a byte of FP8 that is unpacked: it is read, and two BF16 numbers are written and read."""
+
+BYTES_PER_SCORE, FLOPS_PER_SCORE = 24, 640
+"""Device memory's traffic for a score of one query, key and head, where XLA attends, and the products that belong to it
+(heads of 192 and 128)."""
 
 SERVER_GBPS, SERVER_TFLOPS = 200.0, 2.0
 """Host memory and products of a two-socket server, roughly, where nobody has measured them."""
@@ -72,9 +77,27 @@ def sheet_rates(
     dram_gbps: float = SERVER_GBPS,
     link_gbps: float | None = None,
     cpu_tflops: float = SERVER_TFLOPS,
+    has_kernels: bool = False,
 ) -> Rates:
-    """Limits that no program holds for long. Raises `KeyError` for a GPU that is not in `GPUS`."""
+    """Limits that no program holds for long. Raises `KeyError` for a GPU that is not in `GPUS`.
+
+    `has_kernels`: as calibration would choose, if our kernels for attention and groups reach what others' do; else XLA
+    attends and multiplies.
+    """
     gpu = GPUS[name]
+    by_xla = {
+        "grouped_tflops": gpu.bf16_tflops / PRODUCTS_PER_WEIGHT,
+        "unpack_gbps": gpu.memory_gbps / BYTES_PER_BYTE,
+        "attention_tflops": gpu.memory_gbps / 1e3 / BYTES_PER_SCORE * FLOPS_PER_SCORE,
+    }
+    by_kernels = {
+        "grouped_tflops": gpu.bf16_tflops,
+        "unpack_gbps": gpu.memory_gbps,
+        "attention_tflops": gpu.bf16_tflops,
+        "variant": "kernel",
+        "attention": "flash",
+    }
+    programs: dict[str, Any] = by_kernels if has_kernels else by_xla
     return Rates(
         name=name,
         expert_gbps=dram_gbps,
@@ -82,11 +105,9 @@ def sheet_rates(
         link_gbps=link_gbps or gpu.link_gbps,
         device_gbps=gpu.memory_gbps,
         linear_tflops=gpu.bf16_tflops,
-        grouped_tflops=gpu.bf16_tflops / PRODUCTS_PER_WEIGHT,
-        attention_tflops=gpu.bf16_tflops,
-        unpack_gbps=gpu.memory_gbps / BYTES_PER_BYTE,
         dispatch_s=DISPATCH_S,
         num_devices=num_gpus,
+        **programs,
     )
 
 

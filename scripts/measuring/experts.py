@@ -15,7 +15,7 @@ from jax import Array
 from hmoe_jax.architectures.deepseek_v3_checkpoint import MATRICES
 from hmoe_jax.experts.records import RecordLayout
 from hmoe_jax.experts.store import ExpertStore, ExpertTensor, StoreShape
-from hmoe_jax.kernels.grouped.experts import VARIANTS
+from hmoe_jax.kernels.grouped.experts import VARIANTS, variants_on
 from hmoe_jax.kernels.grouped.routes import GroupRows
 from hmoe_jax.kernels.pool import ThreadPool
 from hmoe_jax.quant.formats import FORMATS
@@ -51,10 +51,11 @@ def measure_variants(store: ExpertStore, *, group_size: int, rows: Sequence[int]
     store.copy_records(0, np.arange(group_size, dtype=np.int32), records)
     hidden = jax.random.normal(jax.random.key(0), (max(rows), shape.hidden), jnp.bfloat16)
     operands = jax.device_put((jnp.zeros(hidden.shape, jnp.float32), hidden, records))
-    cases = [(variant, count) for variant in VARIANTS for count in rows]
+    variants = variants_on(jax.local_devices()[0].platform)
+    cases = [(variant, count) for variant in variants for count in rows]
     calls = [partial(_tile(variant, layout, num_rows=count), *operands) for variant, count in cases]
     flops_per_row = 2 * group_size * 3 * shape.hidden * shape.ffn
-    rates: Variants = {variant: {} for variant in VARIANTS}
+    rates: Variants = {variant: {} for variant in variants}
     for (variant, count), seconds in zip(cases, medians_in_turn(calls, effort), strict=True):
         rates[variant][count] = count * flops_per_row / seconds / 1e12
     return rates

@@ -39,12 +39,12 @@ def compare(config: ModelConfig, rates: Rates, shape: Callable[[int], dict[str, 
         f"A token at batch 1 reads {per_token:.1f} GB of experts: FP8 in the paper is {needed:.0f} GB/s of them alone,",
         f"where {rates.expert_gbps:.0f} GB/s are assumed here (--dram_gbps). The paper overlaps the two sides.",
         "INT4 halves the experts' bytes, not the device's share.",
-        "Prefill is predicted from the data sheet's BF16 rate, which no program holds for long. Ours keep the bits of",
-        "weights whose scales follow the columns: two products, and two BF16 numbers written to memory and read for",
-        "each tile. Programs that round weights to BF16, or unpack them inside the product, need half of it or none.",
+        "Prefill is predicted from the data sheet's BF16 rate, which no program holds for long, for kernels that keep",
+        "scores and unpacked weights on the chip: they were never run on a GPU. XLA's programs alone take longer: they",
+        "write both to memory, and multiply every weight twice to keep its bits.",
         "On two devices link, projections and experts are halved alike; keys and values of the context are expanded on",
         "both. The prediction has no collective in it, the paper's factor of 1.5 does: ours are a reduction and",
-        "gathers of the activations in every layer. Nor has it that attention, left to XLA, writes scores to memory.",
+        "gathers of the activations in every layer.",
     ]
     return "\n".join(lines)
 

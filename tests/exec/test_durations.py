@@ -19,7 +19,7 @@ DEEPSEEK_V3 = read_config(Path(__file__).parents[2] / "models" / "deepseek-v3")
 @pytest.mark.parametrize("num_devices", [1, 2])
 def test_quanta_add_up_to_the_prompt(num_devices: int) -> None:
     config, length, block = DEEPSEEK_V3, 8192, 1024
-    rates = sheet_rates("h100", num_gpus=num_devices)
+    rates = sheet_rates("h100", num_gpus=num_devices, has_kernels=True)
     durations = Durations(config, rates)
     blocks = range(0, length, block)
     layers = {"dense": config.num_dense_layers, "front": config.num_moe_layers, "back": config.num_moe_layers}
@@ -35,7 +35,7 @@ def test_quanta_add_up_to_the_prompt(num_devices: int) -> None:
 def test_a_prompt_of_deepseek_v3_is_cancelled_in_a_tenth_of_a_second(gpu: str, part: float) -> None:
     """At that part of the data sheet's rates."""
     sizes = stream_sizes(DEEPSEEK_V3, 1, memory_bytes=int(GPUS[gpu].memory_gb * 0.9e9) - 20 * 10**9, max_len=32768)
-    sheet = sheet_rates(gpu)
+    sheet = sheet_rates(gpu, has_kernels=True)
     slower = {name: part * getattr(sheet, name) for name in ("linear_tflops", "grouped_tflops", "attention_tflops")}
     rates = replace(sheet, **slower, unpack_gbps=part * sheet.unpack_gbps)
     assert Durations(DEEPSEEK_V3, rates).cancelling(sizes, 32768) < 0.1

@@ -35,7 +35,7 @@ GB = 10**9
 
 CPU = Hardware(jax.devices("cpu")[0], 64 * GB)
 GPU = Hardware(Mock(spec=jax.Device, platform="gpu"), 24 * GB)
-H100 = Hardware(GPU.device, 80 * GB, sheet_rates("h100"))
+H100 = Hardware(GPU.device, 80 * GB, sheet_rates("h100", has_kernels=True))
 
 
 def config(name: str = "deepseek") -> ModelConfig:
@@ -273,6 +273,7 @@ def test_long_prompts_of_a_large_model_are_streamed_to_a_gpu(gpus: list[jax.Devi
     assert re.search(
         r"32768 tokens should take 1[0-9]\.?\d* s, limited by .* cancelled within \d+ ms", chosen.reasons["stream"]
     )
+    assert (chosen.stream.variant, chosen.attention) == ("kernel", "flash")
     in_place = [size for size in chosen.buckets.prefill if size < least]
     assert in_place[:3] == [32, 128, 512 if least > 512 else least - 1]
     assert in_place[-1] == least - 1
