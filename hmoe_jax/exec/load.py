@@ -24,7 +24,7 @@ from hmoe_jax.checkpoint.index import Checkpoint
 from hmoe_jax.checkpoint.specs import TensorSpec, check_scales, check_stored_shape, check_tensors
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.nn.attention import GpuAttention, UpProjections
-from hmoe_jax.nn.linear import Projection
+from hmoe_jax.nn.linear import GpuProducts, Projection
 from hmoe_jax.quant.formats import FORMATS
 
 logger = logging.getLogger(__name__)
@@ -71,14 +71,15 @@ def load_weights(
     *,
     dtype: DTypeLike,
     pool: int | None,
-    on_gpu: GpuAttention = "xla",
+    attention: GpuAttention = "xla",
+    products: GpuProducts = "xla",
     advance: Callable[[int], None],
 ) -> Weights:
     """Everything but the routed experts, copied to the default device and prepared.
 
     Quantised projections stay as stored; router weights stay `dtype` if they are that, and become FP32 otherwise;
     everything else becomes `dtype`. On the CPU platform the native thread pool with the id `pool` multiplies and
-    attends, or XLA if it is None; `on_gpu` says who attends there. `advance` is told bytes.
+    attends, or XLA if it is None; `attention` and `products` say who does on a GPU. `advance` is told bytes.
     """
 
     def read(node: Any) -> Any:
@@ -89,7 +90,7 @@ def load_weights(
         return replace(node, weight=weight, scale=scale)
 
     weights = jax.tree.map(read, describe(config), is_leaf=lambda node: isinstance(node, Projection))
-    return _set_kernels(prepare(config, _cast(weights, dtype), dtype=dtype), pool, on_gpu)
+    return _set_kernels(prepare(config, _cast(weights, dtype), dtype=dtype), pool, attention, products)
 
 
 def read_matrix(
@@ -131,13 +132,13 @@ def _cast(weights: Weights, dtype: DTypeLike) -> Weights:
     return jax.tree.map(cast, weights, is_leaf=is_special)
 
 
-def _set_kernels(weights: Weights, pool: int | None, on_gpu: GpuAttention) -> Weights:
+def _set_kernels(weights: Weights, pool: int | None, attention: GpuAttention, products: GpuProducts) -> Weights:
     def has_pool(node: object) -> bool:
         return isinstance(node, Projection | UpProjections)
 
     def choose(node: Any) -> Any:
         if isinstance(node, UpProjections):
-            return replace(node, pool=pool, on_gpu=on_gpu)
-        return replace(node, pool=pool) if isinstance(node, Projection) else node
+            return replace(node, pool=pool, on_gpu=attention)
+        return replace(node, pool=pool, on_gpu=products) if isinstance(node, Projection) else node
 
     return jax.tree.map(choose, weights, is_leaf=has_pool)

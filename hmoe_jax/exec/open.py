@@ -52,7 +52,7 @@ def open_executor(
                 backend = fused.load_experts(config, checkpoint, pool=pool, residency=plan.residency, advance=advance)
             owned.callback(backend.close)
             pool_id = None if pool is None else pool.id
-            kernels: dict[str, Any] = {"pool": pool_id, "on_gpu": plan.attention}
+            kernels: dict[str, Any] = {"pool": pool_id, "attention": plan.attention, "products": plan.products}
             weights = load_weights(config, checkpoint, dtype=plan.dtype, **kernels, advance=advance)
         if plan.residency == "pinned" and backend.store is not None:
             fused.pin_experts(backend.store)

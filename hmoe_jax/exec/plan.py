@@ -17,6 +17,7 @@ from hmoe_jax.exec.passes import CHUNK_LEN, MIN_PASS, StreamPlan, stream_sizes
 from hmoe_jax.kernels.pool import available_isas, resolve_num_threads
 from hmoe_jax.kv.pages import CacheLayout
 from hmoe_jax.nn.attention import GpuAttention
+from hmoe_jax.nn.linear import GpuProducts
 from hmoe_jax.perf.cost import Rates, held_bytes, prefill_cost, streams_from
 from hmoe_jax.perf.machines import UNMEASURED_CPU, expected_rates
 from hmoe_jax.perf.sizes import count_parameters
@@ -121,6 +122,7 @@ class Plan:
     isa: str
     num_threads: int
     attention: GpuAttention
+    products: GpuProducts
     layout: CacheLayout
     buckets: Buckets
     stream: StreamPlan | None = None
@@ -181,6 +183,7 @@ def resolve(options: EngineOptions, config: ModelConfig, hardware: Hardware) -> 
         isa=isa,
         num_threads=num_threads,
         attention=hardware.rates.attention,
+        products="kernel" if hardware.rates.variant == "kernel" else "xla",
         layout=layout,
         buckets=_buckets(options, layout, stream),
         stream=stream,

@@ -81,16 +81,18 @@ def sheet_rates(
 ) -> Rates:
     """Limits that no program holds for long. Raises `KeyError` for a GPU that is not in `GPUS`.
 
-    `has_kernels`: as calibration would choose, if our kernels for attention and groups reach what others' do; else XLA
-    attends and multiplies.
+    `has_kernels`: as calibration would choose, if our kernels for attention and block-scaled FP8 reach what others' do;
+    else XLA attends and multiplies.
     """
     gpu = GPUS[name]
     by_xla = {
+        "linear_tflops": gpu.bf16_tflops / PRODUCTS_PER_WEIGHT,
         "grouped_tflops": gpu.bf16_tflops / PRODUCTS_PER_WEIGHT,
         "unpack_gbps": gpu.memory_gbps / BYTES_PER_BYTE,
         "attention_tflops": gpu.memory_gbps / 1e3 / BYTES_PER_SCORE * FLOPS_PER_SCORE,
     }
     by_kernels = {
+        "linear_tflops": gpu.bf16_tflops,
         "grouped_tflops": gpu.bf16_tflops,
         "unpack_gbps": gpu.memory_gbps,
         "attention_tflops": gpu.bf16_tflops,
@@ -104,7 +106,6 @@ def sheet_rates(
         expert_tflops=cpu_tflops,
         link_gbps=link_gbps or gpu.link_gbps,
         device_gbps=gpu.memory_gbps,
-        linear_tflops=gpu.bf16_tflops,
         dispatch_s=DISPATCH_S,
         num_devices=num_gpus,
         **programs,

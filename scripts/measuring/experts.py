@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float32
 
 from hmoe_jax.architectures.deepseek_v3_checkpoint import MATRICES
 from hmoe_jax.experts.records import RecordLayout
@@ -44,21 +46,48 @@ def random_store(shape: StoreShape, pool: ThreadPool, *, residency: Literal["mma
 def measure_variants(store: ExpertStore, *, group_size: int, rows: Sequence[int], effort: Effort) -> Variants:
     """Tiles of the store's first experts on JAX's default device, as streaming has them; every row is some token's.
 
-    A call unpacks the experts' records, which lie on the device.
+    A call unpacks the experts' records, which lie on the device. A variant that fails there is left out, and said.
     """
-    shape, layout = store.shape, store.record_layout
-    records = np.zeros((group_size, layout.num_bytes), np.uint8)
-    store.copy_records(0, np.arange(group_size, dtype=np.int32), records)
-    hidden = jax.random.normal(jax.random.key(0), (max(rows), shape.hidden), jnp.bfloat16)
-    operands = jax.device_put((jnp.zeros(hidden.shape, jnp.float32), hidden, records))
-    variants = variants_on(jax.local_devices()[0].platform)
+    variants = [each for each in variants_on(jax.local_devices()[0].platform) if _runs(store, each, rows[0])]
     cases = [(variant, count) for variant in variants for count in rows]
-    calls = [partial(_tile(variant, layout, num_rows=count), *operands) for variant, count in cases]
-    flops_per_row = 2 * group_size * 3 * shape.hidden * shape.ffn
+    calls = _calls(store, cases, group_size=group_size)
+    flops_per_row = 2 * group_size * 3 * store.shape.hidden * store.shape.ffn
     rates: Variants = {variant: {} for variant in variants}
     for (variant, count), seconds in zip(cases, medians_in_turn(calls, effort), strict=True):
         rates[variant][count] = count * flops_per_row / seconds / 1e12
     return rates
+
+
+def variant_errors(store: ExpertStore, *, group_size: int, rows: int) -> dict[str, float]:
+    """Of each variant's outputs against those of `batched`, relative to the largest."""
+    variants = variants_on(jax.local_devices()[0].platform)
+    outputs = [np.asarray(call()) for call in _calls(store, [(each, rows) for each in variants], group_size=group_size)]
+    expected = outputs[variants.index("batched")]
+    errors = [float(np.abs(output - expected).max() / np.abs(expected).max()) for output in outputs]
+    return dict(zip(variants, errors, strict=True))
+
+
+def _runs(store: ExpertStore, variant: str, rows: int) -> bool:
+    (call,) = _calls(store, [(variant, rows)], group_size=1)
+    try:
+        jax.block_until_ready(call())
+    except jax.errors.JaxRuntimeError as error:
+        print(f"{variant} does not run here: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def _calls(
+    store: ExpertStore, cases: Sequence[tuple[str, int]], *, group_size: int
+) -> list[Callable[[], Float32[Array, "t d"]]]:
+    """For each (variant, rows of each expert)."""
+    layout = store.record_layout
+    records = np.zeros((group_size, layout.num_bytes), np.uint8)
+    store.copy_records(0, np.arange(group_size, dtype=np.int32), records)
+    most = max(count for _, count in cases)
+    hidden = jax.random.normal(jax.random.key(0), (most, store.shape.hidden), jnp.bfloat16)
+    operands = jax.device_put((jnp.zeros(hidden.shape, jnp.float32), hidden, records))
+    return [partial(_tile(variant, layout, num_rows=count), *operands) for variant, count in cases]
 
 
 def best_variant(rates: Variants) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
@@ -83,7 +83,7 @@ def measure_rates(bench: Bench, variants: Variants) -> Rates:
         expert_tflops=_expert_tflops(bench),
         link_gbps=_link_gbps(bench),
         device_gbps=_device_gbps(bench),
-        linear_tflops=_linear_tflops(bench),
+        linear_tflops=_linear_tflops(bench, best),
         **_grouped(bench, variants[best]),
         attention_tflops=attention[fastest],
         dispatch_s=_dispatch_s(bench),
@@ -148,9 +148,10 @@ def _device_gbps(bench: Bench) -> float:
     return num_bytes / median_seconds(lambda: call(x, layers), bench.effort) / 1e9
 
 
-def _linear_tflops(bench: Bench) -> float:
+def _linear_tflops(bench: Bench, best: str) -> float:
     rows, cols = (ROWS, FFN) if bench.device.platform == "cpu" else (8 * ROWS, 2 * HIDDEN)  # more than a dispatch
     layer, x = _projection(bench, cols, HIDDEN), jnp.ones((rows, HIDDEN), jnp.bfloat16)
+    layer = replace(layer, on_gpu="kernel" if best == "kernel" else "xla")
     call = jax.jit(linear)
     return 2 * rows * HIDDEN * cols / median_seconds(lambda: call(x, layer), bench.effort) / 1e12
 

@@ -14,13 +14,16 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 from measuring.attention import attention_call, attention_tflops
-from measuring.experts import measure_variants, random_store
+from measuring.experts import measure_variants, random_store, variant_errors
 from measuring.timing import Effort, median_seconds
 
 from hmoe_jax.experts.store import StoreShape
 from hmoe_jax.kernels.pool import ThreadPool, cpu_name
 
 Figures = dict[str, float | str]
+
+MOST_DISAGREEMENT = 0.02
+"""Between two ways to compute the same in BF16, relative to the largest output."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,15 @@ def overlap(device: jax.Device, scale: Scale) -> Figures:
 
 
 def grouped(device: jax.Device, scale: Scale) -> Figures:
-    """Every way to multiply a group of experts in block FP8, by rows of each expert."""
+    """Every way to multiply a group of experts in block FP8, by rows of each expert, and that they agree."""
     shape = StoreShape(1, scale.group, scale.hidden, scale.ffn)
     with ThreadPool(1) as pool, random_store(shape, pool) as store:
+        errors = variant_errors(store, group_size=scale.group, rows=scale.rows[0])
         rates = measure_variants(store, group_size=scale.group, rows=scale.rows, effort=scale.effort)
-    return {f"{variant}_{rows}_tflops": rate for variant, own in rates.items() for rows, rate in own.items()}
+    figures: Figures = {f"{variant}_error": error for variant, error in errors.items()}
+    if not max(errors.values()) < MOST_DISAGREEMENT:
+        raise ValueError(f"a group's outputs differ: {errors}")
+    return figures | {f"{way}_{rows}_tflops": rate for way, own in rates.items() for rows, rate in own.items()}
 
 
 def attention(device: jax.Device, scale: Scale) -> Figures:
@@ -129,7 +136,7 @@ def attention(device: jax.Device, scale: Scale) -> Figures:
         figures[f"flash_{length}_tflops"] = attention_tflops(**case, on_gpu="flash", effort=scale.effort)
         expected, actual = (np.asarray(attention_call(**case, on_gpu=way)(), np.float32) for way in ("xla", "flash"))
         figures[f"flash_{length}_error"] = float(np.abs(actual - expected).max() / np.abs(expected).max())
-        if not figures[f"flash_{length}_error"] < 0.02:
+        if not figures[f"flash_{length}_error"] < MOST_DISAGREEMENT:
             raise ValueError(f"the kernel's attention is off by {figures[f'flash_{length}_error']:.3g}")
     return figures
 

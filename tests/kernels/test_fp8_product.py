@@ -12,6 +12,7 @@ from hmoe_jax.kernels.grouped.experts import VARIANTS
 from hmoe_jax.kernels.grouped.fp8_product import fits, multiply_fp8
 from hmoe_jax.kernels.grouped.routes import GroupRows
 from hmoe_jax.kernels.moe_experts_reference import ExpertArrays, ExpertMatrices
+from hmoe_jax.nn.linear import Projection, linear
 
 NAN_CODE = 0x7F
 
@@ -76,3 +77,11 @@ def test_a_group_at_deepseek_v3s_widths_lowers_for_cuda_without_unpacking_to_mem
     assert text.count("__gpu$xla.gpu.triton") == 3
     assert f"4x{ffn}x{hidden}xbf16" not in text
     assert f"4x{ffn}x{hidden}xf32" not in text
+
+
+@pytest.mark.parametrize(("on_gpu", "num_tokens", "count"), [("kernel", 32, 1), ("kernel", 1, 0), ("xla", 32, 0)])
+def test_a_dense_projection_uses_it_where_it_was_chosen_and_fits(on_gpu: str, num_tokens: int, count: int) -> None:
+    matrix = matrices(1, 256, 128)
+    projection = Projection(matrix.weight[0], matrix.scale[0], codec="fp8_block", on_gpu=on_gpu)
+    traced = jax.jit(linear).trace(rows(1, num_tokens, 128)[0], projection)
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("__gpu$xla.gpu.triton") == count
