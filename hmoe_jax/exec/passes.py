@@ -92,8 +92,8 @@ def group_bytes(config: ModelConfig, group_size: int, *, rows: int | None = None
     """Of a device's memory that the product of a group takes, beside the records themselves.
 
     The records side by side, if they came one by one; the largest matrix of each expert in FP32 and as two BF16
-    numbers; and for `rows` tokens of each (default: of the
-    largest tile) their inputs, the inner activations (gate, up, their product) and the outputs.
+    numbers; and for `rows` tokens of each (default: of the largest tile) their inputs, the inner activations (gate, up,
+    their product) and the outputs.
     """
     rows = rows or tile_rows(group_size)[-1]
     d, f = config.hidden_size, config.expert_ffn
