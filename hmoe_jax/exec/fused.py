@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 from hmoe_jax.architectures.deepseek_v3 import RoutedExperts
 from hmoe_jax.architectures.deepseek_v3_checkpoint import describe_experts
@@ -19,14 +18,12 @@ from hmoe_jax.core import CheckpointError
 from hmoe_jax.exec import host_memory
 from hmoe_jax.exec.backend import ExpertBackend
 from hmoe_jax.exec.load import checks_mapped_scales, read_matrix, stored_bytes
-from hmoe_jax.experts.store import ExpertStore, ExpertTensor, StoreShape
+from hmoe_jax.experts.store import ExpertStore, ExpertTensor, PlannedResidency, StoreShape
 from hmoe_jax.kernels.moe_experts import moe_experts
 from hmoe_jax.kernels.pool import ThreadPool
 from hmoe_jax.quant.formats import FORMATS
 
 logger = logging.getLogger(__name__)
-
-PlannedResidency = Literal["auto", "mmap", "arena", "pinned"]
 
 
 def maps_experts(residency: PlannedResidency, pool: ThreadPool) -> bool:

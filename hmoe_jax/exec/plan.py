@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, no_type_check
+from typing import Any, Literal, get_args, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from hmoe_jax.exec import host_memory
 from hmoe_jax.exec.buckets import Buckets
 from hmoe_jax.exec.durations import Durations
 from hmoe_jax.exec.passes import CHUNK_LEN, MIN_PASS, StreamPlan, stream_sizes
+from hmoe_jax.experts.store import PlannedResidency
 from hmoe_jax.kernels.pool import available_isas, resolve_num_threads
 from hmoe_jax.kv.pages import CacheLayout
 from hmoe_jax.nn.attention import GpuAttention
@@ -60,7 +61,7 @@ class EngineOptions:
     num_threads: int | Literal["auto"] = "auto"
     device: Literal["auto", "cpu", "gpu"] = "auto"
     executor: Literal["auto", "graph", "fused"] = "auto"
-    residency: Literal["auto", "mmap", "arena", "pinned"] = "auto"
+    residency: PlannedResidency = "auto"
     prefill: Literal["auto", "step", "stream"] = "auto"
     prefill_devices: int = 1
     link_gbps: float | None = None
@@ -81,7 +82,7 @@ class EngineOptions:
             "dtype": ("auto", "bfloat16", "float32"),
             "device": ("auto", "cpu", "gpu"),
             "executor": ("auto", "graph", "fused"),
-            "residency": ("auto", "mmap", "arena", "pinned"),
+            "residency": get_args(PlannedResidency),
             "prefill": ("auto", "step", "stream"),
         }
         for name, allowed in choices.items():
@@ -117,7 +118,7 @@ class Plan:
 
     device: jax.Device
     executor: Literal["graph", "fused"]
-    residency: Literal["auto", "mmap", "arena", "pinned"]
+    residency: PlannedResidency
     dtype: Any
     isa: str
     num_threads: int
@@ -223,9 +224,7 @@ def _weight_bytes(config: ModelConfig, dtype: str) -> int:
     return matrices * bits // 8 + (count.total - matrices) * itemsize
 
 
-def _residency(
-    options: EngineOptions, hardware: Hardware, executor: str, reasons: dict[str, str]
-) -> Literal["auto", "mmap", "arena", "pinned"]:
+def _residency(options: EngineOptions, hardware: Hardware, executor: str, reasons: dict[str, str]) -> PlannedResidency:
     if options.residency != "auto" and executor != "fused":
         raise ValueError(f"residency {options.residency!r} needs executor 'fused', got {executor!r}")
     if options.residency == "auto" and executor == "fused" and hardware.platform != "cpu":

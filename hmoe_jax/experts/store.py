@@ -18,6 +18,7 @@ from hmoe_jax.kernels.pool import ThreadPool
 from hmoe_jax.quant.formats import find_format
 
 Residency = Literal["mmap", "arena", "pinned"]
+PlannedResidency = Literal["auto", "mmap", "arena", "pinned"]
 
 
 class ExpertTensor(NamedTuple):
