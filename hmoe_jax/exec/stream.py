@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -49,7 +49,7 @@ from hmoe_jax.exec.step import (
 )
 from hmoe_jax.kernels.grouped.routes import SortedRoutes
 from hmoe_jax.nn.norm import rms_norm
-from hmoe_jax.perf.cost import PrefillCost, prefill_cost, unpack_rows, used_share
+from hmoe_jax.perf.cost import prefill_cost, unpack_rows, used_share
 from hmoe_jax.perf.lanes import Recorder
 from hmoe_jax.sampling import SamplerState
 
@@ -112,6 +112,8 @@ class StreamExecutor(Executor):
         self._mesh = Mesh(np.array(stream.devices), (AXIS,))
         self._records = store.record_layout
         self._num_devices = len(stream.devices)
+        costs = stream.costs(self._num_devices)
+        self._cost = lru_cache(maxsize=16)(lambda length: prefill_cost(config, stream.rates, length, **costs))
         # With several processes (`jax.distributed`) each runs the same quanta on devices of its own.
         local = [i for i, device in enumerate(stream.devices) if device.process_index == jax.process_index()]
         self._others = [stream.devices[i] for i in local if stream.devices[i] != plan.device]
@@ -300,9 +302,6 @@ class StreamExecutor(Executor):
         if cost.copy_s >= cost.front_s + cost.experts_s:
             return self.stream.depth - 1
         return min(self._durations.groups_beside_front(length, start, self.stream.group_size), self.stream.depth - 1)
-
-    def _cost(self, length: int) -> PrefillCost:
-        return prefill_cost(self.config, self.stream.rates, length, **self.stream.costs(self._num_devices))
 
     def _progress(self, batch: PrefillBatch) -> AbstractContextManager[Callable[[float], None]]:
         num_tokens = int(batch.length)
