@@ -25,6 +25,14 @@ class HmoeError(Exception):
     """Base of every error that this package raises on purpose."""
 
 
+class QueueFullError(HmoeError):
+    """So many requests wait already that another one is refused; it may be sent again later."""
+
+
+class EngineDeadError(HmoeError):
+    """The device or the model's files are lost: no request can be served any more. Its cause says why."""
+
+
 class ConfigError(HmoeError, ValueError):
     """A model's `config.json` is malformed, or asks for mathematics that is not implemented."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hmoe_jax.chat import ChatTemplate
+from hmoe_jax.clock import Clock, steady
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.core import ConfigError
 from hmoe_jax.exec.cache import enable_compilation_cache
@@ -21,14 +23,21 @@ from hmoe_jax.exec.plan import engine_options
 from hmoe_jax.experts.store import StoreStats
 from hmoe_jax.folder import read_json, special_tokens
 from hmoe_jax.loop import ServingLoop
+from hmoe_jax.meters import EngineMetrics
 from hmoe_jax.outputs import RequestOutput
-from hmoe_jax.prompts import Prompt, PromptIds, as_list, check_ids, unwrap
-from hmoe_jax.request import Request, StopRules
+from hmoe_jax.prompts import Prompt, PromptIds, as_list, check_ids, salt_of, unwrap
+from hmoe_jax.request import Request, StopRules, Terms
 from hmoe_jax.request import Sequence as Running
 from hmoe_jax.sampling_params import SamplingParams
+from hmoe_jax.scheduler import Scheduler
+from hmoe_jax.server import Server
 from hmoe_jax.tokenizer import Tokenizer, eos_ids_of_folder
+from hmoe_jax.turns import Turns
 
 GENERATION_CONFIG = "generation_config.json"
+
+FOREVER_S = 1e9
+"""Timeouts are cut to thirty years, which a clock in nanoseconds holds."""
 
 
 class Engine:
@@ -38,7 +47,11 @@ class Engine:
     num_threads, device, executor... `seed` decides the draws of requests that have no seed of their own. `verify`
     checks the folder's SHA256SUMS ("auto": where that is quick). `warm_up` compiles every step program before the first
     request (`compilation_cache` keeps them for the next start); without it they are compiled when first needed.
-    `skip_tokenizer_init` serves token ids only. Several threads may use an engine; their requests run side by side.
+    `skip_tokenizer_init` serves token ids only. `clock` tells seconds, for deadlines and metrics.
+
+    Several threads may use an engine; their requests run side by side, and none gets other tokens by it. Whoever waits
+    runs the steps: for all requests, so that `generate` and `stream` need no thread in the background. `AsyncEngine`
+    has one, for asyncio.
 
     Raises `ConfigError`, `CheckpointError`, or `ValueError` naming the option; then nothing is left open.
     """
@@ -54,6 +67,7 @@ class Engine:
         compilation_cache: str | Path | Literal["auto"] | None = "auto",
         skip_tokenizer_init: bool = False,
         use_tqdm: bool = True,
+        clock: Clock = time.perf_counter,
         **options: Any,
     ):
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
@@ -72,8 +86,18 @@ class Engine:
         except BaseException:
             self._executor.close()
             raise
-        self._loop = ServingLoop(self._executor)
+        self._clock = steady(clock)
+        self._scheduler = Scheduler(
+            self.plan.layout,
+            num_slots=self._executor.num_slots,
+            piece_len=self.plan.buckets.piece_len,
+            finds_prefixes=self.plan.enable_prefix_caching,
+        )
+        turns = Turns(round(self.plan.max_decode_slowdown * 1000))
+        limits: dict[str, Any] = {"max_waiting": self.plan.max_num_waiting, "clock": self._clock}
+        self._loop = ServingLoop(Server(self._executor, self._scheduler, turns, **limits), self._executor)
         self._ids, self._seeds = itertools.count(), np.random.SeedSequence(seed)
+        self._polled: dict[str, Request] = {}
 
     @property
     def config(self) -> ModelConfig:
@@ -96,6 +120,81 @@ class Engine:
         one, one longer than the model, ids outside the vocabulary (`ValueError`).
         """
         return self._complete([self._encode(prompt) for prompt in as_list(prompts)], sampling_params, use_tqdm=use_tqdm)
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout_s: float | int | None = None,
+    ) -> None:
+        """Queues a request, whose progress `step` returns. Never waits, and may be called from any thread.
+
+        A lower `priority` number goes first. After `timeout_s` seconds the request ends, however far it is, with
+        `finish_reason` "timeout". Raises `QueueFullError`, and `ValueError` as `generate` does, for an id in use, and
+        for a request that is too large for the cache.
+        """
+        (params,) = self._params_for(1, sampling_params)
+        if timeout_s is not None and not timeout_s >= 0:
+            raise ValueError(f"timeout_s must not be negative, got {timeout_s!r}")
+        deadline_ns = None if timeout_s is None else int((self._clock() + min(timeout_s, FOREVER_S)) * 1e9)
+        encoded = self._encode(prompt)
+        terms = Terms(priority=priority, deadline_ns=deadline_ns, cache_salt=encoded.cache_salt)
+        request = self._request(encoded, params, terms, request_id=request_id)
+        request.is_polled = True
+        if self._polled.setdefault(request_id, request) is not request:
+            raise ValueError(f"request_id {request_id!r} is in use")
+        try:
+            self._loop.add(request)
+        except BaseException:
+            del self._polled[request_id]
+            raise
+
+    def step(self) -> list[RequestOutput]:
+        """Computes one step for all requests, whoever sent them: a token for each that decodes, and a part of a prompt.
+
+        Returns the outputs so far of those of `add_request` that got tokens or ended since the last call. A request
+        that failed has `finish_reason` "error" and its `error`. Returns at once if there is nothing to do. The last
+        outputs can also be had from an engine that was closed.
+        """
+        self._loop.step_if_open()
+        changed = self._loop.server.take_changed()
+        for request in changed:
+            if request.is_finished:
+                self._polled.pop(request.request_id, None)
+        return [request.output() for request in changed]
+
+    def abort(self, request_id: str | Iterable[str]) -> None:
+        """Ends requests of `add_request`; their last outputs come with the next `step`. Unknown ids and such that have
+        ended are nobody's mistake."""
+        ids = [request_id] if isinstance(request_id, str) else list(request_id)
+        requests = [self._polled.get(each) for each in ids]
+        self._loop.abort([request for request in requests if request is not None])
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has something to compute or to return."""
+        return self._loop.server.has_work or bool(self._polled)
+
+    def metrics(self) -> EngineMetrics:
+        """Counts since the engine was opened, and what it holds now; from any thread, without waiting for a step."""
+        server, scheduler = self._loop.server, self._scheduler
+        meters, stats = server.meters, self.expert_stats()
+        return EngineMetrics(
+            num_running=scheduler.num_running,
+            num_waiting=server.num_waiting,
+            num_pages=self.plan.layout.num_pages - 1,
+            num_free_pages=scheduler.num_free_pages,
+            num_kept_pages=scheduler.num_kept_pages,
+            num_preemptions=scheduler.num_preemptions,
+            num_wanted_tokens=scheduler.num_prompt_tokens,
+            num_cached_tokens=scheduler.num_cached_tokens,
+            expert_bytes=stats.expert_bytes if stats else 0,
+            expert_gbps=stats.gbps if stats else 0.0,
+            **meters.snapshot(),
+        )
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """The output so far after every step; the last one is finished. Closing the iterator aborts the request.
@@ -143,9 +242,10 @@ class Engine:
         """What the native kernels have read so far; None if XLA computes the experts."""
         return self._executor.expert_stats() if self._executor.expert_stats else None
 
-    def close(self) -> None:
-        """Ends the engine; requests that still run in other threads fail. Closing twice is fine."""
-        self._loop.close()
+    def close(self, *, drains: bool = False) -> None:
+        """Ends the engine; no new request is accepted. With `drains` all that were accepted are served first; else they
+        are aborted, and `generate` and `stream` raise where they run in other threads. Closing twice is fine."""
+        self._loop.close(drains=drains)
 
     def __enter__(self) -> Engine:
         return self
@@ -182,14 +282,17 @@ class Engine:
         return [request.output() for request in requests]
 
     def _encode(self, prompt: Prompt) -> PromptIds:
-        content = unwrap(prompt)
+        content, salt = unwrap(prompt), salt_of(prompt)
         if not isinstance(content, str):
-            return PromptIds(content)
+            return PromptIds(content, cache_salt=salt)
         # An empty text has a token where the tokenizer puts BOS in front; it is no prompt all the same.
-        return PromptIds(self._need_tokenizer().encode(content) if content else [], content)
+        return PromptIds(self._need_tokenizer().encode(content) if content else [], content, salt)
 
-    def _request(self, prompt: PromptIds, params: SamplingParams) -> Request:
+    def _request(
+        self, prompt: PromptIds, params: SamplingParams, terms: Terms | None = None, *, request_id: str | None = None
+    ) -> Request:
         """A request for a prompt that can be served. Raises `ValueError`."""
+        terms = terms or Terms(cache_salt=prompt.cache_salt)
         vocab_size = self.config.vocab_size
         check_ids(prompt.token_ids, vocab_size=vocab_size, max_model_len=self.max_model_len)
         for name in ("logit_bias", "stop_token_ids"):
@@ -206,10 +309,18 @@ class Engine:
         # Seeded: the request's own numbers, whatever ran before it. Unseeded: the engine's next ones.
         root = np.random.SeedSequence(params.seed % 2**64) if params.seed is not None else self._seeds.spawn(1)[0]
         sequences = [
-            Running(prompt.token_ids, params, index=index, seed=int(seed), rules=rules, tokenizer=self.tokenizer)
+            Running(
+                prompt.token_ids,
+                params,
+                index=index,
+                seed=int(seed),
+                rules=rules,
+                tokenizer=self.tokenizer,
+                terms=terms,
+            )
             for index, seed in enumerate(root.generate_state(params.n, np.uint64))
         ]
-        return Request(str(next(self._ids)), prompt.text, sequences)
+        return Request(request_id or str(next(self._ids)), prompt.text, sequences, self._clock)
 
     def _params_for(
         self, num_prompts: int, params: SamplingParams | Sequence[SamplingParams] | None

@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Integer
 
-FinishReason = Literal["stop", "length", "abort"]
-"""A stop token or stop string, `max_tokens` or the model's length, or the caller's abort."""
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
+"""A stop token or stop string; `max_tokens` or the model's length; the caller's abort; its deadline; a failure."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class RequestMetrics:
     """Where a request's time went, from its arrival; tokens are summed over its sequences.
 
     `queue_s` until its prefill began, `prompt_s` until its first token, `decode_s` from there to its last.
+    `num_cached_tokens` of the prompt were found in the prefix cache. `num_preemptions`: how often it had to give its
+    pages to an older request, and start again.
     """
 
     queue_s: float = 0.0
@@ -72,6 +74,7 @@ class RequestMetrics:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_generated_tokens: int = 0
+    num_preemptions: int = 0
 
     def __post_init__(self) -> None:
         if min(self.queue_s, self.prompt_s, self.decode_s) < 0:
@@ -105,7 +108,7 @@ class RequestOutput:
     """One request's prompt and what came of it. `outputs` has one entry per sequence (`SamplingParams.n`).
 
     `prompt` is None where the request came as token ids. The first entry of `prompt_logprobs` is None:
-    nothing stands before the first token.
+    nothing stands before the first token. `error` is what ended a sequence with `finish_reason` "error".
     """
 
     request_id: str
@@ -115,6 +118,7 @@ class RequestOutput:
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = False
     metrics: RequestMetrics | None = None
+    error: Exception | None = None
 
     def __post_init__(self) -> None:
         open_outputs = [output.index for output in self.outputs if not output.finished()]

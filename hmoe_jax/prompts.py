@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 Prompt = str | Sequence[int | np.integer] | np.ndarray | Mapping[str, Any]
-"""Text, token ids, or vLLM's `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
+"""Text, token ids, or vLLM's `{"prompt": text}` or `{"prompt_token_ids": ids}`, both with or without a `cache_salt`:
+only prompts of the same salt find each other's beginnings in the prefix cache."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class PromptIds:
 
     token_ids: list[int]
     text: str | None = None
+    cache_salt: str = ""
 
 
 def as_list(prompts: Any) -> list[Prompt]:
@@ -35,8 +37,11 @@ def unwrap(prompt: Any) -> str | list[int]:
     """The text or the ids of a prompt in any form. Raises `ValueError` saying which forms there are."""
     if isinstance(prompt, Mapping):
         known = [name for name in ("prompt", "prompt_token_ids") if prompt.get(name) is not None]
-        if len(known) != 1 or len(prompt) != 1:
-            raise ValueError(f"a prompt's mapping has 'prompt' or 'prompt_token_ids' alone, got {sorted(prompt)}")
+        if len(known) != 1 or set(prompt) - {"cache_salt"} != set(known):
+            raise ValueError(
+                "a prompt's mapping has either 'prompt' or 'prompt_token_ids', and may have a 'cache_salt', got "
+                f"{sorted(prompt)}"
+            )
         return unwrap(prompt[known[0]])
     if isinstance(prompt, str):
         return prompt
@@ -45,6 +50,14 @@ def unwrap(prompt: Any) -> str | list[int]:
     if not is_sequence or any(isinstance(i, bool) or not isinstance(i, int | np.integer) for i in prompt):
         raise ValueError(f"a prompt is text or a list of token ids, got {prompt!r}")
     return [int(i) for i in prompt]
+
+
+def salt_of(prompt: Any) -> str:
+    """Raises `ValueError` for a salt that is no text."""
+    salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        raise ValueError(f"cache_salt must be a text that is not empty, got {salt!r}")
+    return salt or ""
 
 
 def check_ids(ids: Sequence[int], *, vocab_size: int, max_model_len: int) -> None:

@@ -7,6 +7,7 @@ vLLM.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import jax
@@ -77,8 +78,10 @@ def sampler_row(
     prompt_ids: tuple[int, ...],
     stop_ids: tuple[int, ...],
     seed: int,
+    drawn_ids: Sequence[int] = (),
 ) -> SamplerState:
-    """The row (no leading axis, NumPy) of a request. `stop_ids` may not be drawn before `min_tokens`."""
+    """The row (no leading axis, NumPy) of a request that has drawn some tokens, or none yet. `stop_ids` may not be
+    drawn before `min_tokens`."""
 
     def mask(ids: tuple[int, ...]) -> np.ndarray:
         row = np.zeros(vocab_size, np.bool_)
@@ -97,10 +100,10 @@ def sampler_row(
         frequency=np.array(params.frequency_penalty, np.float32),
         repetition=np.array(params.repetition_penalty, np.float32),
         min_tokens=np.array(params.min_tokens, np.int32),
-        drawn=np.array(0, np.int32),
+        drawn=np.array(len(drawn_ids), np.int32),
         wants_logprobs=np.array(params.logprobs is not None),
         seed=np.array([(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32),
-        counts=np.zeros(vocab_size, np.int32),
+        counts=np.bincount(np.asarray(drawn_ids, np.int64), minlength=vocab_size).astype(np.int32),
         in_prompt=mask(prompt_ids),
         bias=bias,
         is_stop=mask(stop_ids),

@@ -56,11 +56,13 @@ def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
 
 def assert_idle(engine: Engine) -> None:
     """Nobody is served, and every slot and page is free."""
-    scheduler = engine._loop._scheduler
+    scheduler = engine._scheduler
     assert not scheduler.has_work
     assert scheduler.num_free_slots == engine._executor.num_slots
     assert scheduler.num_free_pages == engine.plan.layout.num_pages - 1
-    assert not engine._loop._requests
+    scheduler.check()
+    assert not engine._loop.server.has_work
+    assert not engine._polled
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -79,4 +79,4 @@ def test_a_record_is_frozen() -> None:
 def test_records_of_the_package_check_their_shapes_when_built() -> None:
     two, three = np.zeros(2, np.int32), np.zeros(3, np.int32)
     with pytest.raises(TypeError, match="DecodeBatch"):
-        DecodeBatch(tokens=two, positions=three, valid=two > 0, slots=two, tables=np.zeros((2, 1), np.int32))
+        DecodeBatch(two, three, two > 0, draws=two > 0, slots=two, tables=np.zeros((2, 1), np.int32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from hmoe_jax.engine import Engine
-from hmoe_jax.outputs import CompletionOutput
+from hmoe_jax.outputs import CompletionOutput, RequestOutput
 from hmoe_jax.sampling_params import SamplingParams
 from tests.serving import assert_idle, drawn, greedy
 from tests.tiny import random_ids, write_tiny
@@ -93,3 +94,36 @@ def test_two_engines_in_one_process_do_not_disturb_each_other(
 
 def _token_ids(completions: list[CompletionOutput]) -> list[list[int]]:
     return [list(each.token_ids) for each in completions]
+
+
+def test_companions_a_common_beginning_and_preemptions_change_no_bit(fused: Engine) -> None:
+    draw = random.Random(1)
+    mine = [*ids(100, seed=3), *ids(20, seed=4)]
+    params = drawn(25, seed=8, temperature=1.1, presence_penalty=0.5, logprobs=20)
+    fused.add_request("alone", {"prompt_token_ids": mine, "cache_salt": "alone"}, params)
+    (alone,) = finish(fused, "alone")
+    fused.generate([[*ids(100, seed=3), 7]], greedy(1), use_tqdm=False)
+    fused.add_request("mine", mine, params)
+    outputs: list[RequestOutput] = []
+    for number in range(3000):
+        if draw.random() < 0.3:
+            fused.add_request(str(number), ids(draw.randrange(1, 90), seed=number), drawn(9, seed=number))
+        outputs += [output for output in fused.step() if output.request_id == "mine"]
+        if outputs and outputs[-1].finished:
+            break
+        if fused._scheduler.running and number % 9 == 5:
+            fused._scheduler.preempt(draw.choice(fused._scheduler.running))
+    fused.abort([str(number) for number in range(3000)])
+    finish(fused, "nobody")
+    (together,) = outputs[-1:]
+    assert together.metrics.num_cached_tokens == 64
+    assert together.metrics.num_preemptions > 0
+    assert together.outputs == alone.outputs
+
+
+def finish(engine: Engine, request_id: str) -> list[RequestOutput]:
+    """The last output of a request, once all are done."""
+    last = []
+    while engine.has_unfinished_requests:
+        last = [output for output in engine.step() if output.request_id == request_id][-1:] or last
+    return last

@@ -15,8 +15,9 @@ import pytest
 
 from hmoe_jax.core import CheckpointError
 from hmoe_jax.engine import Engine
+from hmoe_jax.exec.programs import Quantum
 from hmoe_jax.exec.score import load_for_scoring
-from hmoe_jax.exec.stream import Quantum, StreamExecutor
+from hmoe_jax.exec.stream import StreamExecutor
 from hmoe_jax.perf.machines import UNMEASURED_CPU, machine_name, save_rates
 from tests.experts.gpu import StandInDriver
 from tests.serving import assert_idle, greedy
@@ -84,7 +85,7 @@ def test_closing_a_stream_of_text_cancels_its_prompt_between_two_quanta(
             while True:
                 seen.append(next(inner))
                 if len(seen) == 5:
-                    streamed._loop._abandoned.extend(streamed._loop._requests)  # as another thread's `close` does
+                    streamed.abort("long")  # as another thread may
                 yield seen[-1]
         except StopIteration as end:
             return end.value
@@ -93,7 +94,8 @@ def test_closing_a_stream_of_text_cancels_its_prompt_between_two_quanta(
 
     with monkeypatch.context() as patch:
         patch.setattr(executor, "quanta", watched)
-        (cancelled,) = streamed.generate([ids(200)], greedy(4), use_tqdm=False)
+        streamed.add_request("long", ids(200), greedy(4))
+        (cancelled,) = streamed.step()
     assert cancelled.outputs[0].finish_reason == "abort"
     assert len(seen) == 5
     assert_idle(streamed)
@@ -218,13 +220,13 @@ def test_prompts_are_streamed_from_the_length_that_gains(
         assert 20 < stream.least_tokens < 300
         executor, streamed_lengths = engine._executor, []
         assert isinstance(executor, StreamExecutor)
-        quanta = executor.quanta
+        streamed = executor._streamed
 
         def note(function: Any, batch: Any) -> Any:
             streamed_lengths.append(int(batch.length))
-            return quanta(function, batch)
+            return streamed(function, batch)
 
-        monkeypatch.setattr(executor, "quanta", note)
+        monkeypatch.setattr(executor, "_streamed", note)
         num_compiled = len(compilations)
         prompts = [ids(length) for length in (5, stream.least_tokens - 1, stream.least_tokens, 350)]
         params = greedy(2, prompt_logprobs=0)

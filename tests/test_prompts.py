@@ -53,7 +53,7 @@ def test_what_is_neither_text_nor_ids_is_refused(prompt: Any) -> None:
 
 @pytest.mark.parametrize("prompt", [{}, {"text": "a"}, {"prompt": "a", "multi_modal_data": 1}, {"prompt": None}])
 def test_a_mapping_with_anything_else_is_refused_by_its_keys(prompt: dict) -> None:
-    with pytest.raises(ValueError, match="'prompt' or 'prompt_token_ids' alone, got"):
+    with pytest.raises(ValueError, match="either 'prompt' or 'prompt_token_ids', and may have a 'cache_salt', got"):
         unwrap(prompt)
 
 

@@ -161,8 +161,8 @@ def test_cumulative_logprob_is_the_sum_over_drawn_tokens() -> None:
 def test_prompt_logprobs_begin_with_none_and_take_scores_piece_by_piece() -> None:
     request = Request("7", None, [sequence(4, prompt_logprobs=0)])
     (one,) = request.sequences
-    one.add_prompt_logprobs(sampled(31, 32), 2)
-    one.add_prompt_logprobs(sampled(33, 0), 1)
+    one.add_prompt_logprobs(sampled(31, 32), 2, start=0)
+    one.add_prompt_logprobs(sampled(32, 33, 0), 2, start=1)  # one again, after a preemption
     scores = request.output().prompt_logprobs
     assert scores[0] is None
     assert [list(position) for position in scores[1:]] == [[31], [32], [33]]
@@ -173,8 +173,9 @@ def test_routes_are_joined_along_the_tokens() -> None:
     one = sequence(return_routed_experts=True)
     layers, tokens, k = 3, 4, 2
     routes = np.arange(layers * tokens * k, dtype=np.int32).reshape(layers, tokens, k)
-    one.add_routes(routes[:, :3])
-    one.add_routes(routes[:, 3:])
+    one.add_routes(routes[:, :3], start=0)
+    one.add_routes(np.zeros_like(routes[:, :2]), start=0)  # again, after a preemption
+    one.add_routes(routes[:, 2:], start=2)
     joined = one.output().routed_experts
     assert joined.shape == (tokens, layers, k)
     np.testing.assert_array_equal(joined[2, 1], routes[1, 2])
@@ -197,10 +198,9 @@ def test_a_request_is_finished_when_all_its_sequences_are() -> None:
     assert (output.request_id, output.prompt, output.prompt_token_ids) == ("1", "text", (30, 31, 32))
 
 
-def test_times_count_from_arrival_and_tokens_over_all_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_count_from_arrival_and_tokens_over_all_sequences() -> None:
     now_s = 100.0
-    monkeypatch.setattr("hmoe_jax.request.time.perf_counter", lambda: now_s)
-    request = Request("1", None, [sequence(), sequence()], arrived_s=now_s)
+    request = Request("1", None, [sequence(), sequence()], lambda: now_s)
     for seconds, mark in ((2.0, request.mark_started), (3.0, request.mark_token)):
         now_s += seconds
         mark()
@@ -215,10 +215,9 @@ def test_times_count_from_arrival_and_tokens_over_all_sequences(monkeypatch: pyt
     assert (metrics.num_prompt_tokens, metrics.num_generated_tokens) == (3, 3)
 
 
-def test_a_request_that_waits_has_only_been_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_waits_has_only_been_queued() -> None:
     now_s = 100.0
-    monkeypatch.setattr("hmoe_jax.request.time.perf_counter", lambda: now_s)
-    request = Request("1", None, [sequence()], arrived_s=now_s)
+    request = Request("1", None, [sequence()], lambda: now_s)
     now_s += 4.0
     metrics = request.output().metrics
     assert (metrics.queue_s, metrics.prompt_s, metrics.decode_s) == (4.0, 0.0, 0.0)

@@ -32,23 +32,30 @@ class PrefillBatch:
 @record
 @dataclass(frozen=True)
 class DecodeBatch:
-    """One token of each of b sequences. Padding has `valid` False and an empty table."""
+    """One token of each of b sequences. Padding has `valid` False and an empty table.
+
+    `draws` is False where the sampled token is not used and the sampler's row stays.
+    """
 
     tokens: Int32[AnyArray, " b"]
     positions: Int32[AnyArray, " b"]
     valid: Bool[AnyArray, " b"]
+    draws: Bool[AnyArray, " b"]
     slots: Int32[AnyArray, " b"]
     tables: Int32[AnyArray, "b p"]
 
 
 @dataclass(frozen=True)
 class DecodeRow:
-    """One sequence of a decode step: its last token, that token's position, its slot and its pages."""
+    """One sequence of a decode step: a token, its position, its slot and its pages, and whether the next one is
+    drawn.
+    """
 
     token: int
     position: int
     slot: int
     pages: Sequence[int]
+    draws: bool = True
 
 
 def prefill_batch(
@@ -82,6 +89,7 @@ def decode_batch(rows: Sequence[DecodeRow], layout: CacheLayout, *, size: int, n
         tokens=np.array([row.token for row in rows], np.int32),
         positions=np.array([row.position for row in rows], np.int32),
         valid=np.array([row.slot < num_slots for row in rows]),
+        draws=np.array([row.slot < num_slots and row.draws for row in rows]),
         slots=np.array([row.slot for row in rows], np.int32),
         tables=np.stack([_padded(row.pages, layout.table_len) for row in rows]),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, no_type_check
@@ -42,6 +43,12 @@ KV_SHARE = 0.25
 
 SMALLEST_PREFILL = 32
 
+TURNS_SLOWDOWN = 1.0
+"""Where prompts and decoding take turns: half of the time each."""
+
+LEAST_SLOWDOWN = 0.001
+"""A prompt beside decoding sequences would hardly ever end with less."""
+
 
 @no_type_check  # for run-time checkers: wrong types get the same ValueError under pytest as elsewhere
 @dataclass(frozen=True)
@@ -51,7 +58,10 @@ class EngineOptions:
     `residency` says where routed experts lie in host memory (`ExpertStore`): in the mapped files, in an arena, or in an
     arena that GPUs read too. `prefill` "stream" copies experts to `prefill_devices` devices for prompts; "step"
     computes prompts as `executor` does; "auto" streams those that are predicted to gain by it. `link_gbps` slows copies
-    down to a link's bandwidth, to see what streaming would do there.
+    down to a link's bandwidth, to see what streaming would do there. At most `max_num_waiting` sequences wait for one
+    of `max_num_seqs` places. `enable_prefix_caching` keeps what prompts left in the cache, for later ones that begin
+    alike. `max_decode_slowdown` is how much longer tokens may take on the average while a prompt is computed: 1.0 is
+    twice as long.
     """
 
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -67,15 +77,22 @@ class EngineOptions:
     link_gbps: float | None = None
     isa: str = "auto"
     kv_cache_bytes: int | None = None
+    max_num_waiting: int = 1024
+    enable_prefix_caching: bool = True
+    max_decode_slowdown: float | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "prefill_devices", "max_prefill_tokens", "max_model_len", "kv_cache_bytes"):
-            value = getattr(self, name)
-            optional = name not in ("max_num_seqs", "prefill_devices")
-            if optional and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        for name in ("max_num_seqs", "max_num_waiting", "prefill_devices"):
+            _check_positive(name, getattr(self, name))
+        for name in ("max_prefill_tokens", "max_model_len", "kv_cache_bytes"):
+            if getattr(self, name) is not None:
+                _check_positive(name, getattr(self, name))
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise ValueError(f"enable_prefix_caching must be True or False, got {self.enable_prefix_caching!r}")
+        slowdown = self.max_decode_slowdown
+        is_number = isinstance(slowdown, int | float) and not isinstance(slowdown, bool)
+        if slowdown != "auto" and not (is_number and LEAST_SLOWDOWN <= slowdown < math.inf):
+            raise ValueError(f"max_decode_slowdown must be auto or at least {LEAST_SLOWDOWN}, got {slowdown!r}")
         if self.link_gbps is not None and not self.link_gbps > 0:
             raise ValueError(f"link_gbps must be above 0, got {self.link_gbps!r}")
         choices = {
@@ -88,6 +105,11 @@ class EngineOptions:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def engine_options(options: Mapping[str, Any]) -> EngineOptions:
@@ -126,6 +148,9 @@ class Plan:
     products: GpuProducts
     layout: CacheLayout
     buckets: Buckets
+    max_num_waiting: int
+    enable_prefix_caching: bool
+    max_decode_slowdown: float
     stream: StreamPlan | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
 
@@ -187,6 +212,9 @@ def resolve(options: EngineOptions, config: ModelConfig, hardware: Hardware) -> 
         products="kernel" if hardware.rates.variant == "kernel" else "xla",
         layout=layout,
         buckets=_buckets(options, layout, stream),
+        max_num_waiting=options.max_num_waiting,
+        enable_prefix_caching=options.enable_prefix_caching,
+        max_decode_slowdown=_slowdown(options, reasons),
         stream=stream,
         reasons=reasons,
     )
@@ -349,6 +377,13 @@ def stream_bytes(config: ModelConfig, memory_bytes: int, *, platform: str, cache
 def _beside_weights(config: ModelConfig, memory_bytes: int) -> int:
     """Of an accelerator's memory, without routed experts."""
     return max(int(memory_bytes * DEVICE_SHARE) - held_bytes(config), 0)
+
+
+def _slowdown(options: EngineOptions, reasons: dict[str, str]) -> float:
+    if options.max_decode_slowdown != "auto":
+        return options.max_decode_slowdown
+    reasons["max_decode_slowdown"] = f"{TURNS_SLOWDOWN}, as prompts and decoding take turns"
+    return TURNS_SLOWDOWN
 
 
 def _buckets(options: EngineOptions, layout: CacheLayout, stream: StreamPlan | None) -> Buckets:

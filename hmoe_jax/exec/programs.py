@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,12 +22,29 @@ from hmoe_jax.sampling import SamplerState, empty_row, empty_state, set_row
 StepFunction = Callable[[StepModel, DeviceState, Any], tuple[Any, DeviceState]]
 
 
-class StepCancelledError(Exception):
-    """A step ended early because it was asked to. The executor goes on as if it had not been started."""
+@dataclass(frozen=True)
+class Quantum:
+    """A part of a prefill that has been started on the devices: what, of which layer, of how many layers, and how long
+    it should compute. "copies": nothing could be started, as the next experts have not come yet."""
+
+    name: str
+    layer: int
+    num_layers: int
+    predicted_s: float
+
+
+Quanta = Generator[Quantum, None, Any]
+"""A prefill in parts: it computes while it is advanced, and its value is what the step function returns.
+
+Closing it between two parts cancels the prompt: what it left in the cache is nobody's, and everything else is freed.
+"""
 
 
 class Executor:
-    """Runs steps of one model on its own device state. `step` is the one way to run it; not thread-safe."""
+    """Runs steps of one model on its own device state: whole ones by `step`, prompts in parts by `prefill`.
+
+    Between two parts of a prompt other steps may run. Not thread-safe.
+    """
 
     def __init__(
         self,
@@ -50,33 +68,37 @@ class Executor:
             self._admit = jax.jit(set_row, donate_argnums=0).lower(self._state.sampler, slot, row).compile()
         self._programs: dict[tuple[str, int], Callable[..., Any]] = {}
 
-    def step(
-        self,
-        batch: PrefillBatch | DecodeBatch,
-        *,
-        scored: bool = False,
-        is_cancelled: Callable[[], bool] = lambda: False,
-    ) -> StepOutput:
-        """Runs a batch whose size is one of the buckets. `scored` asks for a prompt's log-probabilities.
-
-        A prefill in several parts asks `is_cancelled` between them, and raises `StepCancelledError` where it stops.
-        """
+    def step(self, batch: PrefillBatch | DecodeBatch, *, scored: bool = False) -> StepOutput:
+        """Runs a batch whose size is one of the buckets. `scored` asks for a prompt's log-probabilities."""
         function = decode if isinstance(batch, DecodeBatch) else prefill_scored if scored else prefill
-        return self.run(function, batch, is_cancelled=is_cancelled)
+        return self.run(function, batch)
+
+    def prefill(self, batch: PrefillBatch, *, scored: bool = False) -> Quanta:
+        """The same of a prompt, part by part: the generator's value is the `StepOutput`."""
+        return self.quanta(prefill_scored if scored else prefill, batch)
 
     def admit(self, slot: int, row: SamplerState) -> None:
         """Gives a slot to a new sequence."""
         sampler = self._admit(self._state.sampler, np.array(slot, np.int32), row)
         self._state = DeviceState(self._state.caches, sampler)
 
-    def run(
-        self,
-        function: StepFunction,
-        batch: PrefillBatch | DecodeBatch,
-        *,
-        is_cancelled: Callable[[], bool] = lambda: False,
-    ) -> Any:
-        """Runs a step function on the state; compiles it if this size of batch is new. One program runs to its end."""
+    def run(self, function: StepFunction, batch: PrefillBatch | DecodeBatch) -> Any:
+        """Runs a step function on the state; compiles it if this size of batch is new."""
+        if isinstance(batch, DecodeBatch):
+            return self._run_program(function, batch)
+        quanta = self.quanta(function, batch)
+        while True:
+            try:
+                next(quanta)
+            except StopIteration as end:
+                return end.value
+
+    def quanta(self, function: StepFunction, batch: PrefillBatch) -> Quanta:
+        """Runs a step function on a prompt, or a piece of one. Here it has one part."""
+        yield from ()
+        return self._run_program(function, batch)
+
+    def _run_program(self, function: StepFunction, batch: PrefillBatch | DecodeBatch) -> Any:
         output, self._state = self._program(function, batch)(self._weights, self._backend.operand, self._state, batch)
         return output
 

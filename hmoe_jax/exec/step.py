@@ -94,7 +94,7 @@ def prefill_logits(
 def decode(model: StepModel, state: DeviceState, batch: DecodeBatch) -> tuple[StepOutput, DeviceState]:
     """One token further for every sequence of the batch."""
     logits, caches, routes = _decode_logits(model, state, batch)
-    sampled, sampler = sample(state.sampler, batch.slots, logits, batch.valid)
+    sampled, sampler = sample(state.sampler, batch.slots, logits, batch.draws)
     return StepOutput(sampled, routes), DeviceState(caches, sampler)
 
 

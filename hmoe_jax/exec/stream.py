@@ -35,7 +35,7 @@ from hmoe_jax.exec.durations import MAX_RUNNING, WAIT_S, BlockName, Durations
 from hmoe_jax.exec.groups import Tile, choose, guess, owned, tiles
 from hmoe_jax.exec.guard import FileGuard
 from hmoe_jax.exec.plan import Plan
-from hmoe_jax.exec.programs import Executor, StepCancelledError, StepFunction
+from hmoe_jax.exec.programs import Executor, Quanta, Quantum, StepFunction
 from hmoe_jax.exec.progress import prefill_progress
 from hmoe_jax.exec.quanta import DIVIDED, EVERYWHERE, Pass, QuantumPrograms
 from hmoe_jax.exec.step import (
@@ -58,17 +58,6 @@ LIKELY = 0.9
 
 
 @dataclass(frozen=True)
-class Quantum:
-    """One step of a prefill that has been started on the devices: what, of which layer, of how many layers, and how
-    long it should compute. "copies": nothing could be started, as the next experts have not come yet."""
-
-    name: str
-    layer: int
-    num_layers: int
-    predicted_s: float
-
-
-@dataclass(frozen=True)
 class _Prompt:
     """A piece of a prompt: its batch padded to whole blocks, on all devices."""
 
@@ -77,9 +66,6 @@ class _Prompt:
     length: int
     block_len: int
     num_guessed: int
-
-
-Quanta = Generator[Quantum, None, Any]
 
 
 class StreamExecutor(Executor):
@@ -127,31 +113,27 @@ class StreamExecutor(Executor):
         self._running: deque[Array] = deque()
         self._tails: dict[tuple[str, int], Callable[..., Any]] = {}
 
-    def run(
-        self,
-        function: StepFunction,
-        batch: PrefillBatch | DecodeBatch,
-        *,
-        is_cancelled: Callable[[], bool] = lambda: False,
-    ) -> Any:
-        """As `Executor.run`; a long prompt's quanta one after the other, until it `is_cancelled`."""
-        if isinstance(batch, DecodeBatch) or len(batch.tokens) < self.stream.least_tokens:
-            self._mirrors_are_stale = True
-            return super().run(function, batch)
-        with closing(self.quanta(function, batch)) as quanta, self._progress(batch) as advance:
-            while not is_cancelled():
+    def quanta(self, function: StepFunction, batch: PrefillBatch) -> Quanta:
+        """A prompt that is worth streaming in many parts, with a progress bar if it is long; a short one as elsewhere.
+
+        Of several processes all must close the generator after the same quantum, or none.
+        """
+        if len(batch.tokens) < self.stream.least_tokens:
+            return (yield from super().quanta(function, batch))
+        with closing(self._streamed(function, batch)) as quanta, self._progress(batch) as advance:
+            while True:
                 try:
-                    advance(next(quanta).predicted_s)
+                    quantum = next(quanta)
                 except StopIteration as end:
                     return end.value
-        raise StepCancelledError
+                advance(quantum.predicted_s)
+                yield quantum
 
-    def quanta(self, function: StepFunction, batch: PrefillBatch) -> Quanta:
-        """Runs a prompt, or a piece of one, in quanta; the generator's value is the output of `function`.
+    def _run_program(self, function: StepFunction, batch: PrefillBatch | DecodeBatch) -> Any:
+        self._mirrors_are_stale = True
+        return super()._run_program(function, batch)
 
-        Closing the generator between two quanta cancels the prompt: what it left in the cache is nobody's, and
-        everything else is freed. Of several processes all must stop after the same quantum, or none.
-        """
+    def _streamed(self, function: StepFunction, batch: PrefillBatch) -> Quanta:
         prompt = self._prompt(batch)
         if self._mirrors_are_stale and int(batch.start) > 0:  # it attends to what decoding may have written
             self._mirrors = self._copy_caches()

@@ -1,4 +1,4 @@
-"""Paged storage of latents: a pool that hands out page numbers, and the arrays that they index.
+"""Paged storage of latents: the arrays, and how they are written and read. `kv.pool` hands out the pages' numbers.
 
 Page 0 belongs to nobody: padding is written there, and unused places of a page table point at it.
 
@@ -54,34 +54,6 @@ class CacheLayout:
         """One zeroed array per layer, for latents of `dtype`."""
         shape = (self.num_pages, self.page_size, self.latent_dim)
         return tuple(jnp.zeros(shape, _bits_dtype(dtype)) for _ in range(self.num_layers))
-
-
-class PagePool:
-    """Which pages are free. Freed pages are handed out again before fresh ones."""
-
-    def __init__(self, num_pages: int):
-        self._free = list(range(num_pages - 1, SCRATCH_PAGE, -1))
-        self._used: set[int] = set()
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    def take(self, count: int) -> list[int]:
-        """`count` pages. Raises `ValueError` if fewer are free (ask `num_free` first)."""
-        if count > len(self._free):
-            raise ValueError(f"{count} pages wanted, {len(self._free)} free")
-        pages = [self._free.pop() for _ in range(count)]
-        self._used.update(pages)
-        return pages
-
-    def give_back(self, pages: list[int]) -> None:
-        """Raises `ValueError` for a page that is not in use: it would be handed out twice."""
-        for page in pages:
-            if page not in self._used:
-                raise ValueError(f"page {page} is not in use")
-            self._used.remove(page)
-            self._free.append(page)
 
 
 def write_latents(

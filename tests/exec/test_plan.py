@@ -79,9 +79,13 @@ def test_wishes_are_kept_and_need_no_reason() -> None:
         "num_threads": 1,
         "max_model_len": 100,
         "max_num_seqs": 3,
+        "max_num_waiting": 5,
+        "enable_prefix_caching": False,
+        "max_decode_slowdown": 0.2,
     }
     chosen = plan(**wishes)
     assert (chosen.executor, chosen.isa, chosen.num_threads, chosen.layout.max_len) == ("graph", "scalar", 1, 100)
+    assert (chosen.max_num_waiting, chosen.enable_prefix_caching, chosen.max_decode_slowdown) == (5, False, 0.2)
     assert set(chosen.reasons) == {"kv_cache"}
 
 
@@ -175,7 +179,7 @@ def test_a_wish_that_cannot_be_met_is_refused(wishes: dict[str, Any], message: s
         plan(**wishes)
 
 
-@pytest.mark.parametrize("name", ["max_num_seqs", "max_prefill_tokens", "max_model_len", "kv_cache_bytes"])
+@pytest.mark.parametrize("name", ["max_num_seqs", "max_num_waiting", "max_model_len", "kv_cache_bytes"])
 @pytest.mark.parametrize("value", [0, -1, True, 1.5, "8"], ids=repr)
 def test_sizes_are_positive_integers(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got {value!r}"):
@@ -187,6 +191,17 @@ def test_only_optional_sizes_may_be_none(name: str) -> None:
     assert EngineOptions(max_model_len=None, kv_cache_bytes=None) == EngineOptions()
     with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got None"):
         EngineOptions(**{name: None})
+
+
+@pytest.mark.parametrize("value", [0, -1, True, None, "much", float("nan"), float("inf")], ids=repr)
+def test_a_slowdown_is_a_finite_part_of_the_time_between_tokens(value: object) -> None:
+    with pytest.raises(ValueError, match=f"max_decode_slowdown must be auto or at least 0.001, got {value!r}"):
+        EngineOptions(max_decode_slowdown=value)
+
+
+def test_prefix_caching_is_on_or_off() -> None:
+    with pytest.raises(ValueError, match="enable_prefix_caching must be True or False, got 1"):
+        EngineOptions(enable_prefix_caching=1)
 
 
 @pytest.mark.parametrize("name", ["dtype", "device", "executor", "residency", "prefill"])

@@ -1,4 +1,4 @@
-"""Pages: every one has one owner, and what is written at a position is read back at that position."""
+"""Pages: what is written at a position is read back at that position."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from hmoe_jax.kv.pages import SCRATCH_PAGE, CacheLayout, PagePool, read_chunk, write_latents
+from hmoe_jax.kv.pages import SCRATCH_PAGE, CacheLayout, read_chunk, write_latents
 
 LAYOUT = CacheLayout(num_layers=3, num_pages=11, page_size=4, latent_dim=5, chunk_pages=2, max_len=21)
 
@@ -45,76 +44,6 @@ def test_there_is_one_zeroed_array_of_bits_per_layer(dtype: str, bits: str) -> N
     caches = LAYOUT.allocate(dtype)
     assert [(cache.shape, cache.dtype) for cache in caches] == [((11, 4, 5), np.dtype(bits))] * 3
     assert not any(cache.any() for cache in caches)
-
-
-# --- who owns a page ---
-
-
-def test_the_scratch_page_is_never_handed_out() -> None:
-    assert sorted(PagePool(6).take(5)) == [1, 2, 3, 4, 5]
-
-
-def test_freed_pages_are_reused_before_fresh_ones() -> None:
-    pool = PagePool(10)
-    first = pool.take(4)
-    pool.give_back(first[1:3])
-    assert set(pool.take(2)) == set(first[1:3])
-
-
-def test_taking_too_much_takes_nothing() -> None:
-    pool = PagePool(4)
-    with pytest.raises(ValueError, match="4 pages wanted, 3 free"):
-        pool.take(4)
-    assert pool.num_free == 3
-
-
-@pytest.mark.parametrize("page", [SCRATCH_PAGE, 2, 99])
-def test_a_page_that_is_not_in_use_cannot_be_given_back(page: int) -> None:
-    pool = PagePool(4)
-    assert pool.take(1) == [1]
-    with pytest.raises(ValueError, match=f"page {page} is not in use"):
-        pool.give_back([page])
-
-
-def test_a_page_cannot_be_given_back_twice() -> None:
-    pool = PagePool(4)
-    pages = pool.take(2)
-    pool.give_back(pages)
-    with pytest.raises(ValueError, match="is not in use"):
-        pool.give_back(pages)
-    assert pool.num_free == 3
-
-
-class PoolMachine(RuleBasedStateMachine):
-    """Takes and gives back at random. The model: what each owner has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pool, self.owned = PagePool(LAYOUT.num_pages), []
-
-    @rule(count=st.integers(0, 6))
-    def take(self, count: int) -> None:
-        if count > self.pool.num_free:
-            with pytest.raises(ValueError, match=f"{count} pages wanted, {self.pool.num_free} free"):
-                self.pool.take(count)
-        else:
-            self.owned.append(self.pool.take(count))
-            assert len(self.owned[-1]) == count
-
-    @precondition(lambda self: self.owned)
-    @rule(data=st.data())
-    def give_back(self, data: st.DataObject) -> None:
-        self.pool.give_back(self.owned.pop(data.draw(st.integers(0, len(self.owned) - 1))))
-
-    @invariant()
-    def no_page_is_lost_or_owned_twice(self) -> None:
-        owned = [page for pages in self.owned for page in pages]
-        assert len(set(owned)) == len(owned)
-        assert set(owned) <= set(range(1, LAYOUT.num_pages))
-        assert self.pool.num_free == LAYOUT.num_pages - 1 - len(owned)
-
-
-TestPagePool = PoolMachine.TestCase
 
 
 # --- what lies in a page ---

@@ -1,0 +1,450 @@
+"""Every request ends with one reason, whatever happens at whatever stage, and with the tokens that it gets alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from hmoe_jax.clock import steady
+from hmoe_jax.core import CheckpointError, EngineDeadError, QueueFullError
+from hmoe_jax.request import Request, Sequence, StopRules, Terms
+from hmoe_jax.sampling_params import SamplingParams
+from hmoe_jax.scheduler import Scheduler
+from hmoe_jax.server import Server
+from hmoe_jax.turns import Turns
+from tests.fake_executor import MAX_LEN, NUM_SLOTS, FakeExecutor, solo_run
+
+STAGES = ["admit", "part", "decode"]
+
+
+class Case:
+    """A server, its fake executor, and a clock that only the test and the executor move."""
+
+    def __init__(self, *, max_waiting: int = 100, slowdown_permille: int = 1000, step_s: float = 0.01):
+        self.now_s = 100.0
+        self.executor = FakeExecutor(seconds=lambda stage: self.pass_time(step_s if stage != "intact" else 0.0))
+        layout, buckets = self.executor.layout, self.executor.buckets
+        self.scheduler = Scheduler(layout, num_slots=NUM_SLOTS, piece_len=buckets.piece_len)
+        self.clock = steady(lambda: self.now_s)
+        turns = Turns(slowdown_permille)
+        self.server = Server(self.executor, self.scheduler, turns, max_waiting=max_waiting, clock=self.clock)
+        self.num_requests = 0
+
+    def pass_time(self, seconds: float) -> None:
+        self.now_s += seconds
+
+    def request(
+        self, prompt: int | list[int], max_tokens: int = 6, *, n: int = 1, timeout_s: float | None = None, **params: Any
+    ) -> Request:
+        """Not submitted yet. With so many tokens of its own, or with those given."""
+        self.num_requests += 1
+        ids = [(7 * self.num_requests + i) % 50 for i in range(prompt)] if isinstance(prompt, int) else prompt
+        deadline_ns = None if timeout_s is None else int((self.clock() + timeout_s) * 1e9)
+        rules = StopRules(eos_ids=(), stop_ids=(), max_len=MAX_LEN)
+        wishes = SamplingParams(max_tokens=max_tokens, n=n, **params)
+        terms = Terms(deadline_ns=deadline_ns)
+        sequences = [
+            Sequence(ids, wishes, index=i, seed=1000 * self.num_requests + i, rules=rules, tokenizer=None, terms=terms)
+            for i in range(n)
+        ]
+        return Request(str(self.num_requests), None, sequences, self.clock)
+
+    def submit(self, *args: Any, **kwargs: Any) -> Request:
+        request = self.request(*args, **kwargs)
+        self.server.submit(request)
+        return request
+
+    def run(self, *, most_steps: int = 2000) -> None:
+        while self.server.has_work and most_steps:
+            self.server.step()
+            most_steps -= 1
+        assert not self.server.has_work, "somebody starves"
+        assert self.executor.num_open_prompts == 0
+        self.scheduler.check()
+
+
+def assert_right(*requests: Request) -> None:
+    """Finished by itself, with the tokens that it gets alone."""
+    for request in requests:
+        for one in request.sequences:
+            assert one.finish_reason == "length"
+            assert one.token_ids == solo_run(
+                one.prompt_ids, seed=one.seed, max_tokens=one.max_len - len(one.prompt_ids)
+            )
+
+
+def fail_once(message: str = "out of luck", *, after: int = 0) -> Callable[[list[int]], None]:
+    calls = iter(range(10**6))
+
+    def stage(slots: list[int]) -> None:
+        if next(calls) == after:
+            raise RuntimeError(message)
+
+    return stage
+
+
+# --- what goes well ---
+
+
+def test_requests_of_all_lengths_get_what_each_gets_alone() -> None:
+    case = Case()
+    requests = [case.submit(length, 1 + length % 9, n=1 + length % 3) for length in range(1, 30)]
+    case.run()
+    assert_right(*requests)
+
+
+def test_tokens_are_preempted_and_computed_again_without_a_difference() -> None:
+    case = Case()
+    requests = [case.submit(3, 37) for _ in range(NUM_SLOTS)]
+    case.run()
+    assert_right(*requests)
+    assert case.scheduler.num_preemptions > 0
+    assert requests[0].metrics().num_preemptions == 0
+    assert sum(request.metrics().num_preemptions for request in requests) == case.scheduler.num_preemptions
+
+
+def test_a_long_prompt_beside_decoding_takes_its_share_of_time_and_no_more() -> None:
+    case = Case(slowdown_permille=500, step_s=0.01)
+    decoding = case.submit(2, 30)
+    case.server.step()
+    prompt = case.submit(30, 1)
+    steps = 0
+    while not prompt.is_finished:
+        case.server.step()
+        steps += 1
+    # 4 pieces of 2 parts and an end that takes no time; each part of 10 ms is paid off by 2 steps of 10 ms.
+    assert 16 <= steps <= 20
+    case.run()
+    assert_right(decoding, prompt)
+
+
+def test_where_nobody_decodes_a_step_is_a_whole_piece() -> None:
+    case = Case()
+    prompt = case.submit(8, 1)
+    case.server.step()
+    assert prompt.is_finished
+
+
+def test_a_step_that_is_interrupted_goes_on_with_its_prompt_next_time() -> None:
+    case = Case()
+    prompt = case.submit(8, 1)
+    case.server.step(is_interrupted=lambda: True)
+    assert case.executor.num_open_prompts == 0  # it has not begun
+    answers = iter([False, True])
+    case.server.step(is_interrupted=lambda: next(answers))
+    assert case.executor.num_open_prompts == 1
+    case.run()
+    assert_right(prompt)
+
+
+def test_thousands_of_tiny_requests_are_served() -> None:
+    case = Case(max_waiting=5000)
+    requests = [case.submit(1 + i % 3, 1 + i % 2) for i in range(2000)]
+    case.run(most_steps=20_000)
+    assert_right(*requests)
+
+
+# --- what ends early ---
+
+
+@pytest.mark.parametrize("num_steps", range(12))
+def test_an_abort_at_any_moment_ends_it_and_nobody_else(num_steps: int) -> None:
+    case = Case()
+    other, doomed = case.submit(9), case.submit(20, n=2)
+    for _ in range(num_steps):
+        case.server.step()
+    case.server.abort(doomed.sequences)
+    case.server.abort(doomed.sequences)  # twice is nobody's mistake
+    case.run()
+    assert {each.finish_reason for each in doomed.sequences} <= {"abort", "length"}
+    assert num_steps > 8 or doomed.sequences[1].finish_reason == "abort"
+    assert_right(other)
+
+
+def test_an_abort_inside_a_prompt_is_seen_between_two_of_its_parts() -> None:
+    case = Case()
+    doomed, parts = case.submit(8), []
+    case.executor.on["part"] = lambda slots: (parts.append(slots), case.server.abort(doomed.sequences))
+    case.run()
+    assert doomed.sequences[0].finish_reason == "abort"
+    assert len(parts) == 1
+
+
+@pytest.mark.parametrize(("timeout_s", "num_tokens"), [(0.0, 0), (0.015, 0), (0.1, 8)])
+def test_a_deadline_ends_a_request_that_waits_or_runs_and_keeps_what_it_has(timeout_s: float, num_tokens: int) -> None:
+    case = Case()
+    late = case.submit(8, 30, timeout_s=timeout_s)
+    case.run()
+    (one,) = late.sequences
+    assert (one.finish_reason, len(one.token_ids)) == ("timeout", num_tokens)
+    assert one.token_ids == solo_run(one.prompt_ids, seed=one.seed, max_tokens=30)[:num_tokens]
+
+
+def test_a_deadline_passes_while_others_have_all_slots() -> None:
+    case = Case()
+    others = [case.submit(2, 30) for _ in range(NUM_SLOTS)]
+    late = case.submit(2, timeout_s=0.05)
+    case.run()
+    assert (late.sequences[0].finish_reason, late.started_s) == ("timeout", None)
+    assert_right(*others)
+
+
+def test_a_request_that_is_done_has_no_deadline_any_more() -> None:
+    case = Case()
+    done = case.submit(2, 1, timeout_s=5.0)
+    case.run()
+    case.pass_time(10.0)
+    other = case.submit(2, 1)
+    case.run()
+    assert_right(done, other)
+
+
+@pytest.mark.parametrize("jump_s", [-1000.0, 1e6])
+def test_a_clock_that_jumps_harms_no_request_without_a_deadline(jump_s: float) -> None:
+    case = Case()
+    request, other = case.submit(20), case.submit(3, timeout_s=1e9)
+    for _ in range(3):
+        case.server.step()
+    case.pass_time(jump_s)
+    case.run()
+    assert_right(request, other)
+    metrics = request.metrics()
+    assert min(metrics.queue_s, metrics.prompt_s, metrics.decode_s) >= 0
+
+
+# --- the queue ---
+
+
+def test_a_full_queue_refuses_and_has_room_again_later() -> None:
+    case = Case(max_waiting=3)
+    first = [case.submit(2), case.submit(2, n=2)]
+    with pytest.raises(QueueFullError, match="the queue is full: 3 sequences wait, max_num_waiting is 3"):
+        case.submit(2)
+    case.server.step()
+    later = case.submit(2)
+    case.run()
+    assert_right(*first, later)
+    assert case.server.meters.num_refused == 1
+
+
+def test_an_empty_queue_takes_a_request_of_any_number_of_sequences() -> None:
+    case = Case(max_waiting=3)
+    request = case.submit(2, n=7)
+    with pytest.raises(QueueFullError):
+        case.submit(2)
+    case.run()
+    assert_right(request)
+
+
+def test_many_threads_submit_and_abort_while_one_steps() -> None:
+    case = Case(max_waiting=10_000)
+    requests: list[Request] = []
+    made = threading.Lock()
+
+    def client() -> None:
+        for i in range(50):
+            with made:
+                request = case.submit(1 + i % 9)
+                requests.append(request)
+            if i % 3 == 0:
+                case.server.abort(request.sequences)
+
+    clients = [threading.Thread(target=client) for _ in range(4)]
+    for each in clients:
+        each.start()
+    while any(each.is_alive() for each in clients):
+        case.server.step()
+    case.run(most_steps=20_000)
+    reasons = [request.sequences[0].finish_reason for request in requests]
+    assert len(reasons) == 200
+    assert set(reasons) <= {"length", "abort"}
+    assert_right(*(request for request in requests if request.sequences[0].finish_reason == "length"))
+
+
+# --- what fails ---
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_fails_once_is_computed_again_and_costs_nothing(stage: str, after: int) -> None:
+    case = Case()
+    requests = [case.submit(9), case.submit(3, n=2), case.submit(17)]
+    case.executor.on[stage] = fail_once(after=after)
+    case.run()
+    assert_right(*requests)
+    assert case.server.meters.num_failed_steps == 1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_request_that_always_fails_ends_with_the_error_and_harms_nobody(stage: str) -> None:
+    case = Case()
+    good = [case.submit(9), case.submit(3)]
+    bad = case.submit(5)
+    more = case.submit(4)
+
+    def fail_with_bad(slots: list[int]) -> None:
+        if bad.sequences[0].slot in slots:
+            raise RuntimeError("bad to the bone")
+
+    case.executor.on[stage] = fail_with_bad
+    case.run()
+    assert_right(*good, more)
+    assert bad.sequences[0].finish_reason == "error"
+    with pytest.raises(RuntimeError, match="bad to the bone"):
+        raise bad.error
+
+
+def test_what_fails_on_the_host_for_one_sequence_is_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case()
+    good, bad = case.submit(5), case.submit(6)
+    (one,) = bad.sequences
+    append = one.append
+
+    def broken(*args: Any) -> None:
+        if len(one.token_ids) == 2:
+            raise ValueError("no text for this")
+        append(*args)
+
+    monkeypatch.setattr(one, "append", broken)
+    case.run()
+    assert_right(good)
+    assert (one.finish_reason, len(one.token_ids)) == ("error", 2)
+    assert case.server.meters.num_failed_steps == 0
+
+
+def test_a_request_whose_input_cannot_be_made_is_its_own_error() -> None:
+    case = Case()
+    good, bad = case.submit(5), case.submit(6, logit_bias={10**6: 1.0})
+    case.run()
+    assert_right(good)
+    assert isinstance(bad.error, IndexError)
+
+
+def test_a_lost_device_ends_all_with_one_error_and_accepts_none() -> None:
+    case = Case()
+    requests = [case.submit(9), case.submit(30), case.submit(3)]
+    case.server.step()
+
+    def fail(slots: list[int]) -> None:
+        raise RuntimeError("fell off the bus")
+
+    case.executor.on |= {"decode": fail, "reset": fail}
+    case.run()
+    assert {one.finish_reason for request in requests for one in request.sequences} == {"error"}
+    assert len({id(request.error) for request in requests}) == 1
+    assert isinstance(requests[0].error, EngineDeadError)
+    with pytest.raises(EngineDeadError, match="the device is lost: fell off the bus"):
+        case.submit(3)
+
+
+def test_a_file_that_is_cut_off_is_said_as_such() -> None:
+    case = Case()
+    request = case.submit(9)
+
+    def fail(slots: list[int]) -> None:
+        raise CheckpointError("was cut off")
+
+    case.executor.on["intact"] = fail
+    case.run()
+    assert isinstance(request.error, CheckpointError)
+    with pytest.raises(CheckpointError, match="was cut off"):
+        case.submit(3)
+
+
+def test_closing_aborts_what_is_left() -> None:
+    case = Case()
+    running, waiting = case.submit(20), case.submit(3)
+    case.server.step(is_interrupted=iter([False, True]).__next__)
+    case.server.close()
+    assert {running.sequences[0].finish_reason, waiting.sequences[0].finish_reason} == {"abort"}
+    assert case.executor.num_open_prompts == 0
+    with pytest.raises(ValueError, match="the engine is closed"):
+        case.submit(3)
+
+
+# --- progress ---
+
+
+def test_polled_requests_are_told_once_for_every_change() -> None:
+    case = Case()
+    request, other = case.request(3, 2), case.submit(3)
+    request.is_polled = True
+    case.server.submit(request)
+    seen = []
+    while case.server.has_work:
+        case.server.step()
+        seen += [len(each.sequences[0].token_ids) for each in case.server.take_changed()]
+    assert seen == [1, 2]
+    assert_right(request, other)
+
+
+class ServerMachine(RuleBasedStateMachine):
+    """Traffic with aborts, deadlines, clock jumps and failures, all at random moments. The model: solo runs."""
+
+    @initialize(max_waiting=st.integers(1, 12), slowdown=st.sampled_from([1, 150, 1000]))
+    def begin(self, max_waiting: int, slowdown: int) -> None:
+        self.case = Case(max_waiting=max_waiting, slowdown_permille=slowdown)
+        self.requests: list[Request] = []
+
+    @rule(
+        shared=st.integers(0, 12),
+        own=st.integers(1, 12),
+        max_tokens=st.integers(1, 16),
+        n=st.sampled_from([1, 1, 1, 2, 3]),
+        timeout_s=st.none() | st.floats(0, 1),
+    )
+    def submit(self, shared: int, own: int, max_tokens: int, n: int, timeout_s: float | None) -> None:
+        ids = [*range(shared), *[own] * own]
+        request = self.case.request(ids, max_tokens, n=n, timeout_s=timeout_s)
+        try:
+            self.case.server.submit(request)
+        except QueueFullError:
+            return
+        self.requests.append(request)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.case.server.abort(data.draw(st.sampled_from(self.requests)).sequences)
+
+    @rule(stage=st.sampled_from(STAGES), after=st.integers(0, 5))
+    def fail_later(self, stage: str, after: int) -> None:
+        self.case.executor.on[stage] = fail_once(after=after)
+
+    @rule(seconds=st.floats(-5, 5))
+    def jump(self, seconds: float) -> None:
+        self.case.pass_time(seconds)
+
+    @rule(interrupts=st.lists(st.booleans(), max_size=3))
+    def step(self, interrupts: list[bool]) -> None:
+        answers = iter(interrupts)
+        self.case.server.step(lambda: next(answers, False))
+
+    @rule()
+    def run_until_nothing_is_left(self) -> None:
+        self.case.run(most_steps=20_000)
+        for request in self.requests:
+            assert request.is_finished
+
+    @invariant()
+    def every_token_is_right_and_every_page_is_somewhere(self) -> None:
+        if not hasattr(self, "case"):
+            return
+        self.case.scheduler.check()
+        for request in self.requests:
+            for one in request.sequences:
+                whole = solo_run(one.prompt_ids, seed=one.seed, max_tokens=len(one.token_ids))
+                assert one.token_ids == whole
+                assert (one.finish_reason is None) == (one in self.case.server._requests or not one.arrival >= 0)
+                # A failure that is not repeated is nobody's end, unless another one hits the same sequence.
+                assert one.finish_reason in (None, "length", "abort", "timeout", "error")
+
+
+TestServer = ServerMachine.TestCase
+TestServer.settings = settings(max_examples=100, stateful_step_count=30)
