@@ -11,6 +11,7 @@
 #include "kernels/isa.h"
 #include "kernels/read_bandwidth.h"
 #include "machine/cpu.h"
+#include "python/expert_lane.h"
 #include "python/expert_store.h"
 #include "python/thread_pool.h"
 #include "xla/handlers.h"
@@ -142,6 +143,17 @@ void BindExpertStore(nb::module_& m) {
       .def("reset_stats", [](PyExpertStore& self) { self.store().ResetStats(); });
 }
 
+void BindExpertLane(nb::module_& m) {
+  nb::class_<PyExpertLane>(m, "ExpertLane")
+      .def(nb::init<PyExpertStore&, int, int64_t>(), "store"_a, "num_slots"_a, "patience_ms"_a)
+      .def("submit", &PyExpertLane::Submit, "slot"_a, "layer"_a, "hidden"_a.noconvert(), "ids"_a.noconvert(),
+           "weights"_a.noconvert())
+      .def("wait", &PyExpertLane::Wait, "slot"_a, "ticket"_a, "out"_a.noconvert())
+      .def("take_busy_s", &PyExpertLane::TakeBusySeconds)
+      .def("close", &PyExpertLane::Close)
+      .def_prop_ro("id", &PyExpertLane::id);
+}
+
 }  // namespace
 }  // namespace hmoe
 
@@ -149,6 +161,8 @@ NB_MODULE(_native, m) {
   using namespace hmoe;
   m.def("moe_experts", [] { return Capsule(kMoeExpertsHandler); });
   m.def("moe_experts_gpu", [] { return Capsule(kMoeExpertsGpuHandler); });
+  m.def("experts_submit", [] { return Capsule(kExpertsSubmitHandler); });
+  m.def("experts_wait", [] { return Capsule(kExpertsWaitHandler); });
   m.def("linear", [] { return Capsule(kLinearHandler); });
   m.def("mla_prefill", [] { return Capsule(kMlaPrefillHandler); });
   m.def("mla_attention", [] { return Capsule(kMlaAttentionHandler); });
@@ -164,4 +178,5 @@ NB_MODULE(_native, m) {
   BindThreadPool(m);
   BindGpuDriver(m);
   BindExpertStore(m);
+  BindExpertLane(m);
 }

@@ -1,5 +1,8 @@
 #include "machine/places.h"
 
+#include <pthread.h>
+#include <sched.h>
+
 #include <algorithm>
 #include <cstddef>
 
@@ -48,6 +51,14 @@ std::vector<ThreadPlace> PlaceThreads(const Topology& topology, int num_threads)
     }
   }
   return chosen;
+}
+
+void Pin(std::thread& thread, int cpu) {
+  if (cpu >= CPU_SETSIZE) return;
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  pthread_setaffinity_np(thread.native_handle(), sizeof set, &set);
 }
 
 }  // namespace hmoe

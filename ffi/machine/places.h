@@ -1,6 +1,7 @@
 // Where the threads of a pool stand.
 #pragma once
 
+#include <thread>
 #include <vector>
 
 #include "machine/topology.h"
@@ -18,5 +19,8 @@ struct ThreadPlace {
 // over the cores, and over second hardware threads only when every core of every node has one. More threads
 // than CPUs begin again from the first.
 std::vector<ThreadPlace> PlaceThreads(const Topology& topology, int num_threads);
+
+// Best effort: without it a thread is slower, not wrong.
+void Pin(std::thread& thread, int cpu);
 
 }  // namespace hmoe

@@ -1,6 +1,5 @@
 #include "machine/pool.h"
 
-#include <pthread.h>
 #include <sched.h>
 #include <unistd.h>
 
@@ -16,15 +15,6 @@ namespace {
 // Each thread that is woken wakes as many more: 255 threads are awake after three steps of a few microseconds
 // each, where one thread that wakes them all would not begin its own work for a quarter of a millisecond.
 constexpr int kWakeAtOnce = 7;
-
-// Best effort: without it the pool is slower, not wrong.
-void Pin(std::thread& thread, int cpu) {
-  if (cpu >= CPU_SETSIZE) return;
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  CPU_SET(cpu, &set);
-  pthread_setaffinity_np(thread.native_handle(), sizeof set, &set);
-}
 
 bool IsOpen(int32_t generation) { return generation % 2 != 0; }
 

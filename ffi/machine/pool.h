@@ -37,6 +37,8 @@ class ThreadPool {
 
   int num_threads() const { return static_cast<int>(places_.size()); }
 
+  int first_cpu() const { return places_.front().cpu; }
+
   // How many NUMA nodes have a thread of the pool: the memory is split in as many parts.
   int num_nodes() const { return static_cast<int>(memory_nodes_.size()); }
   // The kernel's number of each of them, or kNoMemoryNode.

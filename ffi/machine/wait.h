@@ -3,6 +3,7 @@
 
 #include <linux/futex.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -40,6 +41,19 @@ inline void SleepWhile(std::atomic<int32_t>& value, int32_t old) {
   while (value.load(std::memory_order_seq_cst) == old) {
     syscall(SYS_futex, &value, FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);
   }
+}
+
+// The same until the deadline at most; returns whether it changed.
+inline bool SleepWhile(std::atomic<int32_t>& value, int32_t old,
+                       std::chrono::steady_clock::time_point deadline) {
+  while (value.load(std::memory_order_seq_cst) == old) {
+    const auto left =
+        std::chrono::duration_cast<std::chrono::nanoseconds>(deadline - std::chrono::steady_clock::now());
+    if (left.count() <= 0) return false;
+    const timespec limit{left.count() / 1'000'000'000, left.count() % 1'000'000'000};
+    syscall(SYS_futex, &value, FUTEX_WAIT_PRIVATE, old, &limit, nullptr, 0);
+  }
+  return true;
 }
 
 inline void WakeSleepers(std::atomic<int32_t>& value, int count) {

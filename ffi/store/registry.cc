@@ -13,4 +13,9 @@ Registry<Compute>& Pools() {
   return *pools;
 }
 
+Registry<ExpertLane>& Lanes() {
+  static auto* lanes = new Registry<ExpertLane>("expert lane");
+  return *lanes;
+}
+
 }  // namespace hmoe

@@ -9,6 +9,7 @@
 
 #include "base/result.h"
 #include "kernels/compute.h"
+#include "kernels/expert_lane.h"
 #include "store/expert_store.h"
 
 namespace hmoe {
@@ -53,5 +54,6 @@ class Registry {
 
 Registry<ExpertStore>& Stores();
 Registry<Compute>& Pools();
+Registry<ExpertLane>& Lanes();
 
 }  // namespace hmoe

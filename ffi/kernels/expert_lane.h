@@ -1,0 +1,73 @@
+// Routed experts computed beside somebody else's work: a thread takes jobs in the order in which they come.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "base/result.h"
+#include "kernels/routing.h"
+#include "store/expert_store.h"
+
+namespace hmoe {
+
+// A job lives in one of a few slots, from Submit to the next Submit in that slot. It owns copies of its
+// operands and of its result, so that nobody waits for memory of somebody else's. Its ticket says which of
+// the slot's jobs it is. Several threads may use a lane, each with slots of its own.
+class ExpertLane {
+ public:
+  // Starts the thread, on the CPU of the first thread of the store's pool. `patience` is how long Wait and
+  // Submit wait for a job before they take it for lost.
+  static Result<std::shared_ptr<ExpertLane>> Create(std::shared_ptr<ExpertStore> store, int num_slots,
+                                                    std::chrono::milliseconds patience);
+  ~ExpertLane();  // waits for the job that is under way, and forgets the others
+  ExpertLane(const ExpertLane&) = delete;
+  ExpertLane& operator=(const ExpertLane&) = delete;
+
+  const std::shared_ptr<ExpertStore>& store() const { return store_; }
+
+  // Copies the operands (see MoeExperts) and returns the ticket, which is above 0. Waits for the slot's last
+  // job.
+  Result<int32_t> Submit(int64_t slot, int64_t layer, const uint16_t* hidden, const Routing& routing);
+
+  // Waits until the job is done and copies its result, [tokens, hidden]. Fails as the job failed.
+  Status Wait(int64_t slot, int32_t ticket, int64_t tokens, float* out);
+
+  // Time in which jobs were computed, since the last call of this.
+  std::chrono::nanoseconds TakeBusy() { return std::chrono::nanoseconds(busy_ns_.exchange(0)); }
+
+ private:
+  struct Slot {
+    int64_t layer = 0, tokens = 0, choices = 0;
+    std::vector<uint16_t> hidden;
+    std::vector<int32_t> ids;
+    std::vector<float> weights, out;
+    Status status;
+    int32_t ticket = 0;
+    std::atomic<int32_t> done{0};  // the last job that is
+  };
+
+  ExpertLane(std::shared_ptr<ExpertStore> store, int num_slots, std::chrono::milliseconds patience);
+  Result<Slot*> Find(int64_t slot);
+  Status Await(Slot& slot) const;
+  void Work();
+  void Compute(Slot& slot);
+
+  const std::shared_ptr<ExpertStore> store_;
+  const std::chrono::milliseconds patience_;
+  std::vector<std::unique_ptr<Slot>> slots_;
+
+  // The queue: a slot holds one job at most, so that there is always room for a submitted one.
+  std::mutex submitting_;
+  std::vector<Slot*> order_;
+  alignas(64) std::atomic<int32_t> submitted_{0};
+  alignas(64) std::atomic<int64_t> busy_ns_{0};
+  std::atomic<bool> stopping_{false};
+  std::thread thread_;
+};
+
+}  // namespace hmoe

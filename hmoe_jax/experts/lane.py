@@ -1,0 +1,59 @@
+"""The thread that computes routed experts while whoever asked for them goes on."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float32, Int32, UInt16
+
+from hmoe_jax.experts.store import ExpertStore
+from hmoe_jax.kernels import _native
+
+PATIENCE_S = 60.0
+"""A job that takes longer is taken for lost: a layer of the largest models takes milliseconds, a prompt's some
+seconds.
+"""
+
+
+class ExpertLane:
+    """Computes jobs of one store in the order in which they come, with the threads of the store's pool and one of its
+    own as their caller. A context manager; `close` ends the thread.
+
+    A job has one of `num_slots` slots. Programs use a lane by its `id` (`kernels.expert_lane`); `submit` and `wait` do
+    the same for the host, and let other Python threads run meanwhile. Raises `ValueError` if the thread does not start.
+    """
+
+    def __init__(self, store: ExpertStore, *, num_slots: int, patience_s: float = PATIENCE_S):
+        self.native = _native.ExpertLane(store.native, num_slots, round(patience_s * 1e3))
+
+    @property
+    def id(self) -> int:
+        """What the FFI calls know this lane by."""
+        return self.native.id
+
+    def submit(
+        self,
+        slot: int,
+        layer: int,
+        hidden: UInt16[np.ndarray, "t d"],
+        ids: Int32[np.ndarray, "t k"],
+        weights: Float32[np.ndarray, "t k"],
+    ) -> int:
+        """Copies the operands of `moe_experts` (`hidden` as bits) and returns the job's ticket."""
+        return self.native.submit(slot, layer, hidden, ids, weights)
+
+    def wait(self, slot: int, ticket: int, out: Float32[np.ndarray, "t d"]) -> None:
+        """Writes a job's result to `out`. Raises `ValueError` if it failed, or is not done within the patience."""
+        self.native.wait(slot, ticket, out)
+
+    def take_busy_s(self) -> float:
+        """Seconds in which jobs were computed since this was last asked."""
+        return self.native.take_busy_s()
+
+    def close(self) -> None:
+        self.native.close()
+
+    def __enter__(self) -> ExpertLane:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
