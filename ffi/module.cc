@@ -163,6 +163,7 @@ NB_MODULE(_native, m) {
   m.def("moe_experts_gpu", [] { return Capsule(kMoeExpertsGpuHandler); });
   m.def("experts_submit", [] { return Capsule(kExpertsSubmitHandler); });
   m.def("experts_wait", [] { return Capsule(kExpertsWaitHandler); });
+  m.def("in_order", [] { return Capsule(kInOrderHandler); });
   m.def("linear", [] { return Capsule(kLinearHandler); });
   m.def("mla_prefill", [] { return Capsule(kMlaPrefillHandler); });
   m.def("mla_attention", [] { return Capsule(kMlaAttentionHandler); });

@@ -16,7 +16,12 @@ _DEVICE = flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu"], "Where att
 _RESIDENCY = flags.DEFINE_enum(
     "residency", "auto", ["auto", "mmap", "arena", "pinned"], "Where routed experts lie in host memory."
 )
-_EXECUTOR = flags.DEFINE_enum("executor", "auto", ["auto", "graph", "fused"], "Who computes the routed experts.")
+_EXECUTOR = flags.DEFINE_enum(
+    "executor", "auto", ["auto", "graph", "fused", "overlap"], "Who computes the routed experts."
+)
+_EXPERT_CPUS = flags.DEFINE_string(
+    "expert_cpus", "auto", "CPUs of the native kernels' threads, of each NUMA node, like '0-15;16-31'."
+)
 _PREFILL = flags.DEFINE_enum(
     "prefill_executor", "auto", ["auto", "step", "stream"], "Prompts: in place, or with experts copied to the device."
 )
@@ -25,6 +30,7 @@ _NUM_THREADS = flags.DEFINE_string("num_threads", "auto", "Threads of the native
 _ISA = flags.DEFINE_string(
     "isa", "auto", "Instruction set of the native kernels: amx, avx512_bf16, avx512, avx2, scalar."
 )
+_MAX_NUM_SEQS = flags.DEFINE_integer("max_num_seqs", 8, "Sequences that decode together at most.", lower_bound=1)
 _MAX_MODEL_LEN = flags.DEFINE_integer("max_model_len", None, "Longest sequence, prompt included; default the model's.")
 
 
@@ -37,10 +43,12 @@ def engine_options() -> dict[str, Any]:
         "dtype": _DTYPE.value,
         "device": _DEVICE.value,
         "executor": _EXECUTOR.value,
+        "expert_cpus": _EXPERT_CPUS.value,
         "residency": _RESIDENCY.value,
         "prefill": _PREFILL.value,
         "prefill_devices": _PREFILL_DEVICES.value,
         "num_threads": threads if threads == "auto" else int(threads),
         "isa": _ISA.value,
+        "max_num_seqs": _MAX_NUM_SEQS.value,
         "max_model_len": _MAX_MODEL_LEN.value,
     }

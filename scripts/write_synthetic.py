@@ -18,6 +18,8 @@ _OUT = flags.DEFINE_string("out", None, "The folder to write; one that exists is
 _DENSE_LAYERS = flags.DEFINE_integer("dense_layers", 1, "Layers without experts, at the start.", lower_bound=0)
 _MOE_LAYERS = flags.DEFINE_integer("moe_layers", 2, "Layers with routed experts.", lower_bound=1)
 _EXPERTS = flags.DEFINE_integer("experts", 32, "Routed experts per layer, in 8 groups.", lower_bound=16)
+_TOP_K = flags.DEFINE_integer("top_k", 8, "Experts that a token chooses.", lower_bound=1, upper_bound=8)
+_NARROW = flags.DEFINE_bool("narrow", False, "Small matrices and half the heads, beside a cache of the true size.")
 _VOCAB_SIZE = flags.DEFINE_integer(
     "vocab_size", 4096, "Rows of embedding and head; the tokenizer knows the first 4,096.", lower_bound=4096
 )
@@ -34,6 +36,8 @@ def main() -> None:
         num_dense_layers=_DENSE_LAYERS.value,
         num_moe_layers=_MOE_LAYERS.value,
         num_experts=_EXPERTS.value,
+        top_k=_TOP_K.value,
+        is_narrow=_NARROW.value,
         vocab_size=_VOCAB_SIZE.value,
         max_len=_MAX_LEN.value,
         codec=_CODEC.value,

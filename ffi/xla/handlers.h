@@ -19,6 +19,9 @@ extern XLA_FFI_Handler* const kExpertsSubmitHandler;
 // ticket [] s32, after [] s32; attributes lane and slot s64; result [t, d] f32.
 extern XLA_FFI_Handler* const kExpertsWaitHandler;
 
+// value and after, of any type and shape; result as the value, in its memory.
+extern XLA_FFI_Handler* const kInOrderHandler;
+
 // x [t, in] bf16, weight [out, ...] and scale as the checkpoint stores them (no elements where the codec has
 // no scales); attributes pool s64, codec string; result [t, out] f32.
 extern XLA_FFI_Handler* const kLinearHandler;

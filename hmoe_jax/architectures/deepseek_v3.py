@@ -8,8 +8,8 @@ published with it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +112,10 @@ class Tokens:
     valid: Bool[Array, " t"]
 
 
+Forward = tuple[Float[Array, "t d"], tuple[Cache, ...], Int32[Array, "m t k"]]
+"""(final normed hidden, one cache per layer, expert ids of each MoE layer)"""
+
+
 def forward(
     config: ModelConfig,
     weights: Weights,
@@ -119,24 +123,113 @@ def forward(
     caches: tuple[Cache, ...],
     attend: Attend[Cache],
     experts: RoutedExperts,
-) -> tuple[Float[Array, "t d"], tuple[Cache, ...], Int32[Array, "m t k"]]:
-    """One pass over all layers: (final normed hidden, one cache per layer, expert ids of each MoE layer)."""
+) -> Forward:
+    """One pass over all layers."""
+    return forward_in_parts(config, weights, [(tokens, attend)], caches, _Inline(experts))
+
+
+def forward_in_parts(
+    config: ModelConfig,
+    weights: Weights,
+    parts: Sequence[tuple[Tokens, Attend[Cache]]],
+    caches: tuple[Cache, ...],
+    experts: ExpertsBeside,
+) -> Forward:
+    """The same for tokens in several parts, whose results are put together in their order.
+
+    Between a part's `front` and its `back`, while somebody computes its routed experts, stand its shared experts and
+    the `back` and `front` of the other parts.
+    """
+    flows = [_Flow(config, tokens, attend, experts, part) for part, (tokens, attend) in enumerate(parts)]
     with jax.named_scope("embed"):
-        x = weights.embed[tokens.ids]
-    new_caches, routes = [], []
+        for flow in flows:
+            flow.x = weights.embed[flow.tokens.ids]
+    new_caches = []
     for index, (layer, old_cache) in enumerate(zip(weights.layers, caches, strict=True)):
+        cache, before = old_cache, None
+        for flow in flows:
+            flow.end_layer()
+            if before is not None:  # it has read the cache: this one may write to it
+                cache = experts.in_order(cache, before.latest)
+            cache, before = flow.begin_layer(index, layer, cache), flow
+        new_caches.append(cache)
+    for flow in flows:
+        flow.end_layer()
+    x = jnp.concatenate([flow.x for flow in flows])
+    hidden = rms_norm(x, weights.norm, config.norm_eps)
+    routes = [jnp.concatenate(each) for each in zip(*(flow.routes for flow in flows), strict=True)]
+    return hidden, tuple(new_caches), stack_routes(config, routes, num_tokens=len(x))
+
+
+@runtime_checkable
+class ExpertsBeside(Protocol):
+    """Routed experts that are computed while a program goes on with something else."""
+
+    def start(self, part: int, layer: int, seam: Seam) -> tuple[Any, Float[Array, "t d"]]:
+        """What `finish` takes, and the seam's hidden states once the experts are under way: what is computed from these
+        holds nobody up. `layer` counts the MoE layers."""
+
+    def finish(self, part: int, started: Any) -> Float32[Array, "t d"]:
+        """The weighted sum of the chosen experts' outputs."""
+
+    def in_order(self, value: Any, after: Array) -> Any:
+        """The value as it is, but not before `after` is there."""
+
+
+@dataclass(frozen=True)
+class _Inline:
+    """Nobody beside: the experts are computed where they are started."""
+
+    experts: RoutedExperts
+
+    def start(self, part: int, layer: int, seam: Seam) -> tuple[Any, Float[Array, "t d"]]:
+        return self.experts(layer, seam.hidden, seam.ids, seam.weights), seam.hidden
+
+    def finish(self, part: int, started: Any) -> Float32[Array, "t d"]:
+        return started
+
+    def in_order(self, value: Any, after: Array) -> Any:
+        return value
+
+
+@dataclass
+class _Flow(Generic[Cache]):
+    """One part on its way through the layers; an MoE layer that was begun is `open` until its experts are there."""
+
+    config: ModelConfig
+    tokens: Tokens
+    attend: Attend[Cache]
+    experts: ExpertsBeside
+    part: int
+    x: Any = None
+    open: tuple[int, Seam, Array, Any] | None = None
+    routes: list[Array] = field(default_factory=list)
+
+    @property
+    def latest(self) -> Array:
+        """What was computed of this part last."""
+        return self.x if self.open is None else self.open[1].hidden
+
+    def begin_layer(self, index: int, layer: Layer, cache: Cache) -> Cache:
         with jax.named_scope(f"layer{index}"):
             if isinstance(layer.mlp, Mlp):
-                x, cache = dense_layer(config, layer, x, tokens, old_cache, attend)
-            else:
-                seam, cache = front(config, layer, x, tokens, old_cache, attend)
-                with jax.named_scope("experts"):
-                    routed = experts(index - config.num_dense_layers, seam.hidden, seam.ids, seam.weights)
-                x = back(seam, shared_experts(layer, seam.hidden), routed)
-                routes.append(seam.ids)
-        new_caches.append(cache)
-    hidden = rms_norm(x, weights.norm, config.norm_eps)
-    return hidden, tuple(new_caches), stack_routes(config, routes, num_tokens=len(x))
+                self.x, cache = dense_layer(self.config, layer, self.x, self.tokens, cache, self.attend)
+                return cache
+            seam, cache = front(self.config, layer, self.x, self.tokens, cache, self.attend)
+            with jax.named_scope("experts"):
+                started, hidden = self.experts.start(self.part, index - self.config.num_dense_layers, seam)
+            self.open = index, seam, shared_experts(layer, hidden), started
+            self.routes.append(seam.ids)
+            return cache
+
+    def end_layer(self) -> None:
+        if self.open is None:
+            return
+        index, seam, shared, started = self.open
+        with jax.named_scope(f"layer{index}"):
+            with jax.named_scope("experts"):
+                routed = self.experts.finish(self.part, started)
+            self.x, self.open = back(seam, shared, routed), None
 
 
 def stack_routes(

@@ -18,12 +18,16 @@ from hmoe_jax.core import CheckpointError
 from hmoe_jax.exec import host_memory
 from hmoe_jax.exec.backend import ExpertBackend
 from hmoe_jax.exec.load import checks_mapped_scales, read_matrix, stored_bytes
+from hmoe_jax.experts.lane import ExpertLane
 from hmoe_jax.experts.store import ExpertStore, ExpertTensor, PlannedResidency, StoreShape
 from hmoe_jax.kernels.moe_experts import moe_experts
 from hmoe_jax.kernels.pool import ThreadPool
 from hmoe_jax.quant.formats import FORMATS
 
 logger = logging.getLogger(__name__)
+
+NUM_PARTS = 2
+"""A lane has a slot for each of so many parts of a batch."""
 
 
 def maps_experts(residency: PlannedResidency, pool: ThreadPool) -> bool:
@@ -37,9 +41,11 @@ def load_experts(
     *,
     pool: ThreadPool,
     residency: PlannedResidency = "auto",
+    has_lane: bool = False,
     advance: Callable[[int], None],
 ) -> ExpertBackend:
-    """All experts, where `residency` says. The backend's `close` closes the store, not the pool.
+    """All experts, where `residency` says, with a lane if `has_lane`. The backend's `close` closes the store, not the
+    pool.
 
     `advance` is told what is read now: all bytes for an arena, of mapped experts the scales that are checked. An arena
     needs its own size of memory and one matrix of the largest tensor beside it; raises `ValueError` with the numbers,
@@ -69,7 +75,18 @@ def load_experts(
     def bind(operand: tuple[()]) -> RoutedExperts:
         return lambda layer, hidden, ids, weights: moe_experts(hidden, ids, weights, layer=layer, store=store.id)
 
-    return ExpertBackend(operand=(), bind=bind, store=store, close=store.close)
+    try:
+        lane = ExpertLane(store, num_slots=NUM_PARTS) if has_lane else None
+    except BaseException:
+        store.close()
+        raise
+
+    def close() -> None:
+        if lane is not None:
+            lane.close()
+        store.close()
+
+    return ExpertBackend(operand=(), bind=bind, store=store, close=close, lane=lane)
 
 
 def pin_experts(store: ExpertStore) -> None:

@@ -42,16 +42,17 @@ def open_executor(
     with ExitStack() as owned, open_checkpoint(folder) as checkpoint, jax.default_device(plan.device):
         check_checkpoint(config, checkpoint)
         guard = FileGuard(checkpoint)
-        pool = owned.enter_context(ThreadPool(plan.num_threads, isa=plan.isa)) if plan.executor == "fused" else None
+        pool, device_pool = _pools(plan, owned)
         is_mapped = pool is not None and fused.maps_experts(plan.residency, pool)
         num_bytes = bytes_to_read(config, checkpoint, maps_experts=is_mapped)
         with byte_progress(num_bytes, label="loading") as advance:
             if pool is None:
                 backend = graph.load_experts(config, checkpoint, dtype=plan.dtype, advance=advance)
             else:
-                backend = fused.load_experts(config, checkpoint, pool=pool, residency=plan.residency, advance=advance)
+                placed: dict[str, Any] = {"residency": plan.residency, "has_lane": plan.executor == "overlap"}
+                backend = fused.load_experts(config, checkpoint, pool=pool, **placed, advance=advance)
             owned.callback(backend.close)
-            pool_id = None if pool is None else pool.id
+            pool_id = None if device_pool is None else device_pool.id
             kernels: dict[str, Any] = {"pool": pool_id, "attention": plan.attention, "products": plan.products}
             weights = load_weights(config, checkpoint, dtype=plan.dtype, **kernels, advance=advance)
         if plan.residency == "pinned" and backend.store is not None:
@@ -62,3 +63,14 @@ def open_executor(
         executor = kind(config, weights, backend, plan=plan, guard=guard, on_close=kept.close)
         kept.push(owned.pop_all())  # only now: the executor's cache may not have fitted
     return executor, plan
+
+
+def _pools(plan: Plan, owned: ExitStack) -> tuple[ThreadPool | None, ThreadPool | None]:
+    """The threads that compute routed experts, and those that compute for the CPU platform's device: one and the same,
+    unless both compute at once."""
+    if plan.executor == "graph":
+        return None, None
+    experts = owned.enter_context(ThreadPool(plan.num_threads, isa=plan.isa, topology=plan.expert_cpus))
+    if plan.executor == "fused":
+        return experts, experts
+    return experts, owned.enter_context(ThreadPool(1, isa=plan.isa))

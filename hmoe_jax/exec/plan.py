@@ -20,7 +20,7 @@ from hmoe_jax.kernels.pool import available_isas, resolve_num_threads
 from hmoe_jax.kv.pages import CacheLayout
 from hmoe_jax.nn.attention import GpuAttention
 from hmoe_jax.nn.linear import GpuProducts
-from hmoe_jax.perf.cost import Rates, held_bytes, prefill_cost, streams_from
+from hmoe_jax.perf.cost import Rates, gains_by_parts, held_bytes, prefill_cost, streams_from
 from hmoe_jax.perf.machines import UNMEASURED_CPU, expected_rates
 from hmoe_jax.perf.sizes import count_parameters
 
@@ -58,10 +58,12 @@ class EngineOptions:
     `residency` says where routed experts lie in host memory (`ExpertStore`): in the mapped files, in an arena, or in an
     arena that GPUs read too. `prefill` "stream" copies experts to `prefill_devices` devices for prompts; "step"
     computes prompts as `executor` does; "auto" streams those that are predicted to gain by it. `link_gbps` slows copies
-    down to a link's bandwidth, to see what streaming would do there. At most `max_num_waiting` sequences wait for one
-    of `max_num_seqs` places. `enable_prefix_caching` keeps what prompts left in the cache, for later ones that begin
-    alike. `max_decode_slowdown` is how much longer tokens may take on the average while a prompt is computed: 1.0 is
-    twice as long.
+    down to a link's bandwidth, to see what streaming would do there. Executor "overlap" computes routed experts beside
+    everything else, with `microbatches` parts of a batch in turn: 2, or 1 where splitting loses. `expert_cpus` are the
+    CPUs of the native kernels' threads, of each NUMA node, like "0-15;16-31". At most `max_num_waiting` sequences wait
+    for one of `max_num_seqs` places. `enable_prefix_caching` keeps what prompts left in the cache, for later ones that
+    begin alike. `max_decode_slowdown` is how much longer tokens may take on the average while a prompt is computed: 1.0
+    is twice as long.
     """
 
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -70,7 +72,9 @@ class EngineOptions:
     max_prefill_tokens: int | None = None
     num_threads: int | Literal["auto"] = "auto"
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    executor: Literal["auto", "graph", "fused"] = "auto"
+    executor: Literal["auto", "graph", "fused", "overlap"] = "auto"
+    expert_cpus: str = "auto"
+    microbatches: int | Literal["auto"] = "auto"
     residency: PlannedResidency = "auto"
     prefill: Literal["auto", "step", "stream"] = "auto"
     prefill_devices: int = 1
@@ -98,13 +102,14 @@ class EngineOptions:
         choices = {
             "dtype": ("auto", "bfloat16", "float32"),
             "device": ("auto", "cpu", "gpu"),
-            "executor": ("auto", "graph", "fused"),
+            "executor": ("auto", "graph", "fused", "overlap"),
+            "microbatches": ("auto", 1, 2),
             "residency": get_args(PlannedResidency),
             "prefill": ("auto", "step", "stream"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
 
 
 def _check_positive(name: str, value: Any) -> None:
@@ -139,7 +144,7 @@ class Plan:
     """Every choice made; `reasons` tells why, for the automatic ones."""
 
     device: jax.Device
-    executor: Literal["graph", "fused"]
+    executor: Literal["graph", "fused", "overlap"]
     residency: PlannedResidency
     dtype: Any
     isa: str
@@ -151,6 +156,8 @@ class Plan:
     max_num_waiting: int
     enable_prefix_caching: bool
     max_decode_slowdown: float
+    expert_cpus: str
+    split_sizes: tuple[int, ...]
     stream: StreamPlan | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
 
@@ -194,13 +201,14 @@ def resolve(options: EngineOptions, config: ModelConfig, hardware: Hardware) -> 
     if isa == "auto":
         isa = isas[0]
         reasons["isa"] = f"{isa}, the best that this CPU offers"
-    num_threads = resolve_num_threads(options.num_threads)
+    num_threads = resolve_num_threads(options.num_threads, topology=options.expert_cpus)
     if options.num_threads == "auto":
         reasons["num_threads"] = f"{num_threads}, the physical cores that this process may use"
     if hardware.platform != "cpu":
         reasons["attention"] = f"{hardware.rates.attention}, by the rates of {hardware.rates.name}"
     layout = _layout(options, config, hardware, executor, dtype, reasons)
     stream = _stream(options, config, hardware, executor, layout, reasons)
+    buckets = _buckets(options, layout, stream)
     return Plan(
         device=hardware.device,
         executor=executor,
@@ -211,10 +219,12 @@ def resolve(options: EngineOptions, config: ModelConfig, hardware: Hardware) -> 
         attention=hardware.rates.attention,
         products="kernel" if hardware.rates.variant == "kernel" else "xla",
         layout=layout,
-        buckets=_buckets(options, layout, stream),
+        buckets=buckets,
         max_num_waiting=options.max_num_waiting,
         enable_prefix_caching=options.enable_prefix_caching,
         max_decode_slowdown=_slowdown(options, reasons),
+        expert_cpus=options.expert_cpus,
+        split_sizes=_split_sizes(options, config, hardware, executor, layout, buckets, reasons),
         stream=stream,
         reasons=reasons,
     )
@@ -222,13 +232,20 @@ def resolve(options: EngineOptions, config: ModelConfig, hardware: Hardware) -> 
 
 def _executor(
     options: EngineOptions, config: ModelConfig, hardware: Hardware, dtype: str, reasons: dict[str, str]
-) -> Literal["graph", "fused"]:
+) -> Literal["graph", "fused", "overlap"]:
     needed, memory = _weight_bytes(config, dtype), hardware.memory_bytes
     numbers = f"all weights need {needed:,} bytes and device {hardware.platform!r} has {memory:,}"
-    if options.executor == "fused" and dtype == "float32":
-        raise ValueError("executor 'fused' computes in bfloat16; dtype 'float32' needs executor 'graph'")
-    if options.executor == "fused":
-        return "fused"
+    if options.executor in ("fused", "overlap") and dtype == "float32":
+        raise ValueError(f"executor {options.executor!r} computes in bfloat16; dtype 'float32' needs executor 'graph'")
+    if options.executor == "overlap" and hardware.platform != "cpu":
+        raise ValueError("executor 'overlap' runs on the CPU platform only, as yet: use executor 'fused'")
+    if options.executor == "overlap" and options.expert_cpus == "auto":
+        raise ValueError(
+            "executor 'overlap' needs expert_cpus on the CPU platform, where both sides compute on CPUs: those that "
+            "the other side leaves to the experts, like '1-3'"
+        )
+    if options.executor in ("fused", "overlap"):
+        return options.executor
     if options.executor == "auto" and dtype != "float32":
         if hardware.platform == "cpu":
             reasons["executor"] = "fused: routed experts in native kernels, on the CPU platform"
@@ -253,9 +270,9 @@ def _weight_bytes(config: ModelConfig, dtype: str) -> int:
 
 
 def _residency(options: EngineOptions, hardware: Hardware, executor: str, reasons: dict[str, str]) -> PlannedResidency:
-    if options.residency != "auto" and executor != "fused":
+    if options.residency != "auto" and executor == "graph":
         raise ValueError(f"residency {options.residency!r} needs executor 'fused', got {executor!r}")
-    if options.residency == "auto" and executor == "fused" and hardware.platform != "cpu":
+    if options.residency == "auto" and executor != "graph" and hardware.platform != "cpu":
         reasons["residency"] = f"pinned, for copies to device {hardware.platform!r}"
         return "pinned"
     return options.residency
@@ -276,7 +293,7 @@ def _layout(
     # Each device that prompts are streamed to has a cache; those of the CPU platform share one memory.
     copies = options.prefill_devices if hardware.platform == "cpu" else 1
     room, of_what = hardware.memory_bytes, "the memory"
-    if hardware.platform != "cpu" and executor == "fused":
+    if hardware.platform != "cpu" and executor != "graph":
         room, of_what = _beside_weights(config, hardware.memory_bytes), "the memory beside the weights"
     budget = options.kv_cache_bytes or int(room * KV_SHARE) // copies
     pages_each = -(-max_len // PAGE_SIZE)
@@ -309,10 +326,10 @@ def _stream(
     reasons: dict[str, str],
 ) -> StreamPlan | None:
     """How prompts are streamed; None where all of them are computed in place."""
-    if options.prefill == "stream" and executor != "fused":
+    if options.prefill == "stream" and executor == "graph":
         raise ValueError(f"prefill 'stream' needs executor 'fused', with experts in host memory, got {executor!r}")
     planned = None
-    if executor == "fused" and options.prefill != "step":
+    if executor != "graph" and options.prefill != "step":
         planned = _plan_stream(options, config, hardware, layout, reasons)
     if planned is None and options.prefill_devices > 1:
         raise ValueError(f"prefill_devices {options.prefill_devices} needs prefill 'stream'")
@@ -384,6 +401,30 @@ def _slowdown(options: EngineOptions, reasons: dict[str, str]) -> float:
         return options.max_decode_slowdown
     reasons["max_decode_slowdown"] = f"{TURNS_SLOWDOWN}, as prompts and decoding take turns"
     return TURNS_SLOWDOWN
+
+
+def _split_sizes(
+    options: EngineOptions,
+    config: ModelConfig,
+    hardware: Hardware,
+    executor: str,
+    layout: CacheLayout,
+    buckets: Buckets,
+    reasons: dict[str, str],
+) -> tuple[int, ...]:
+    """The sizes of decode batches that are computed in two parts."""
+    if executor != "overlap":
+        if options.microbatches != "auto":
+            raise ValueError(f"microbatches {options.microbatches} needs executor 'overlap', got {executor!r}")
+        return ()
+    even = [size for size in buckets.decode if size % 2 == 0]
+    if options.microbatches != "auto":
+        return tuple(even) if options.microbatches == 2 else ()
+    context = layout.max_len // 2
+    gaining = [size for size in even if gains_by_parts(config, hardware.rates, batch=size, context=context)]
+    sizes = f"decode batches of {', '.join(map(str, gaining))} in two parts" if gaining else "no batch in two parts"
+    reasons["microbatches"] = f"{sizes}, by the rates of {hardware.rates.name}"
+    return tuple(gaining)
 
 
 def _buckets(options: EngineOptions, layout: CacheLayout, stream: StreamPlan | None) -> Buckets:

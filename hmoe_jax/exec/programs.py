@@ -14,9 +14,20 @@ from hmoe_jax.architectures.deepseek_v3 import Weights
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.exec.backend import ExpertBackend
 from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch, decode_batch, prefill_batch
+from hmoe_jax.exec.beside import LaneExperts
 from hmoe_jax.exec.guard import FileGuard
 from hmoe_jax.exec.plan import Plan
-from hmoe_jax.exec.step import DeviceState, StepModel, StepOutput, decode, prefill, prefill_scored
+from hmoe_jax.exec.step import (
+    DeviceState,
+    StepModel,
+    StepOutput,
+    decode,
+    decode_in_one,
+    decode_in_two,
+    prefill,
+    prefill_scored,
+)
+from hmoe_jax.experts.lane import ExpertLane
 from hmoe_jax.sampling import SamplerState, empty_row, empty_state, set_row
 
 StepFunction = Callable[[StepModel, DeviceState, Any], tuple[Any, DeviceState]]
@@ -60,7 +71,7 @@ class Executor:
         self.num_slots = plan.buckets.decode[-1]
         self.expert_stats = backend.stats
         self._weights, self._backend, self._device, self._on_close = weights, backend, plan.device, on_close
-        self._dtype, self._guard = plan.dtype, guard
+        self._dtype, self._guard, self._split_sizes = plan.dtype, guard, plan.split_sizes
         with jax.default_device(self._device):
             self._empty_state = jax.jit(self._make_state).lower().compile()
             self._state = self._empty_state()
@@ -70,12 +81,19 @@ class Executor:
 
     def step(self, batch: PrefillBatch | DecodeBatch, *, scored: bool = False) -> StepOutput:
         """Runs a batch whose size is one of the buckets. `scored` asks for a prompt's log-probabilities."""
-        function = decode if isinstance(batch, DecodeBatch) else prefill_scored if scored else prefill
-        return self.run(function, batch)
+        if isinstance(batch, DecodeBatch):
+            return self.run(self.decode_function(len(batch.tokens)), batch)
+        return self.run(prefill_scored if scored else prefill, batch)
 
     def prefill(self, batch: PrefillBatch, *, scored: bool = False) -> Quanta:
         """The same of a prompt, part by part: the generator's value is the `StepOutput`."""
         return self.quanta(prefill_scored if scored else prefill, batch)
+
+    def decode_function(self, size: int) -> StepFunction:
+        """How a decode batch of this size is computed."""
+        if self.lane is None:
+            return decode
+        return decode_in_two if size in self._split_sizes else decode_in_one
 
     def admit(self, slot: int, row: SamplerState) -> None:
         """Gives a slot to a new sequence."""
@@ -105,6 +123,11 @@ class Executor:
     def warm_up(self) -> list[Callable[[], object]]:
         """One job for each program that serving can need; after all have run, nothing compiles any more."""
         return self._compilations(self.buckets.prefill)
+
+    @property
+    def lane(self) -> ExpertLane | None:
+        """What computes routed experts beside a decode step, if something does."""
+        return self._backend.lane
 
     @property
     def programs(self) -> dict[tuple[str, int], Callable[..., Any]]:
@@ -143,7 +166,7 @@ class Executor:
         programs: list[tuple[StepFunction, PrefillBatch | DecodeBatch]] = [
             *((prefill, self.empty_prefill(size)) for size in prefill_sizes),
             *((prefill_scored, self.empty_prefill(size)) for size in scored),
-            *((decode, self.empty_decode(size)) for size in self.buckets.decode),
+            *((self.decode_function(size), self.empty_decode(size)) for size in self.buckets.decode),
         ]
         return [partial(self._program, function, batch) for function, batch in programs]
 
@@ -161,10 +184,11 @@ class Executor:
             return self._traced(function, batch).lower().compile()
 
     def _traced(self, function: StepFunction, batch: PrefillBatch | DecodeBatch) -> jax.stages.Traced:
-        config, layout, bind = self.config, self.layout, self._backend.bind
+        config, layout, bind, lane = self.config, self.layout, self._backend.bind, self.lane
 
         def program(weights: Weights, operand: Any, state: DeviceState, batch: Any) -> tuple[Any, DeviceState]:
-            return function(StepModel(config, layout, weights, bind(operand)), state, batch)
+            beside = None if lane is None else LaneExperts(lane.id)
+            return function(StepModel(config, layout, weights, bind(operand), beside), state, batch)
 
         program.__name__ = f"{function.__name__}_{batch.tokens.shape[0]}"
         return jax.jit(program, donate_argnums=2).trace(self._weights, self._backend.operand, self._state, batch)

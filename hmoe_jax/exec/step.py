@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, UInt
 
 from hmoe_jax.architectures import deepseek_v3
-from hmoe_jax.architectures.deepseek_v3 import Attend, RoutedExperts, Tokens, Weights
+from hmoe_jax.architectures.deepseek_v3 import Attend, ExpertsBeside, RoutedExperts, Tokens, Weights
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.core import record
 from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch
@@ -49,12 +49,14 @@ Forward = tuple[Float[Array, "t w"], tuple[Array, ...], Int32[Array, "m t k"]]
 
 @dataclass(frozen=True)
 class StepModel:
-    """What a step runs: the model, where its cache lies, and who computes its routed experts."""
+    """What a step runs: the model, where its cache lies, and who computes its routed experts: inside the program, and
+    beside it, where there is somebody."""
 
     config: ModelConfig
     layout: CacheLayout
     weights: Weights
     experts: RoutedExperts
+    beside: ExpertsBeside | None = None
 
 
 def prefill(model: StepModel, state: DeviceState, batch: PrefillBatch) -> tuple[StepOutput, DeviceState]:
@@ -103,6 +105,29 @@ def decode_logits(
 ) -> tuple[Float32[Array, "b v"], DeviceState]:
     """The logits themselves, for comparisons with other implementations."""
     logits, caches, _ = _decode_logits(model, state, batch)
+    return logits, DeviceState(caches, state.sampler)
+
+
+def decode_in_one(model: StepModel, state: DeviceState, batch: DecodeBatch) -> tuple[StepOutput, DeviceState]:
+    """As `decode`, with the routed experts beside the program, which computes the shared experts meanwhile."""
+    logits, caches, routes = _decode_beside(model, state, batch, num_parts=1)
+    sampled, sampler = sample(state.sampler, batch.slots, logits, batch.draws)
+    return StepOutput(sampled, routes), DeviceState(caches, sampler)
+
+
+def decode_in_two(model: StepModel, state: DeviceState, batch: DecodeBatch) -> tuple[StepOutput, DeviceState]:
+    """As `decode`, the batch's halves in turn: while one half's routed experts are computed beside the program, it
+    computes everything else of the other half."""
+    logits, caches, routes = _decode_beside(model, state, batch, num_parts=2)
+    sampled, sampler = sample(state.sampler, batch.slots, logits, batch.draws)
+    return StepOutput(sampled, routes), DeviceState(caches, sampler)
+
+
+def decode_logits_beside(
+    model: StepModel, state: DeviceState, batch: DecodeBatch
+) -> tuple[Float32[Array, "b v"], DeviceState]:
+    """The logits of `decode_in_two`, or of `decode_in_one` where there is one sequence."""
+    logits, caches, _ = _decode_beside(model, state, batch, num_parts=min(2, len(batch.tokens)))
     return logits, DeviceState(caches, state.sampler)
 
 
@@ -156,6 +181,28 @@ def _prefill_hidden(model: StepModel, state: DeviceState, batch: PrefillBatch) -
 
 
 def _decode_logits(model: StepModel, state: DeviceState, batch: DecodeBatch) -> Forward:
+    tokens, attend = _decode_tokens(model, batch)
+    hidden, caches, routes = deepseek_v3.forward(
+        model.config, model.weights, tokens, state.caches, attend, model.experts
+    )
+    return deepseek_v3.logits(model.weights, hidden), caches, routes
+
+
+def _decode_beside(model: StepModel, state: DeviceState, batch: DecodeBatch, *, num_parts: int) -> Forward:
+    """`num_parts` divides the batch."""
+    assert model.beside is not None
+    size = len(batch.tokens) // num_parts
+    parts = [
+        jax.tree.map(lambda rows, begin=begin: rows[begin : begin + size], batch)
+        for begin in range(0, len(batch.tokens), size)
+    ]
+    hidden, caches, routes = deepseek_v3.forward_in_parts(
+        model.config, model.weights, [_decode_tokens(model, part) for part in parts], state.caches, model.beside
+    )
+    return deepseek_v3.logits(model.weights, hidden), caches, routes
+
+
+def _decode_tokens(model: StepModel, batch: DecodeBatch) -> tuple[Tokens, Attend[Array]]:
     tokens = Tokens(ids=batch.tokens, positions=batch.positions, valid=batch.valid)
 
     def attend(cache: Array, queries: Queries, up: UpProjections, latents: Array) -> tuple[Array, Array]:
@@ -164,10 +211,7 @@ def _decode_logits(model: StepModel, state: DeviceState, batch: DecodeBatch) -> 
         context = replace(context, pages=Pages(cache, batch.tables))
         return attend_absorbed(queries, up, context, scale=model.config.softmax_scale), cache
 
-    hidden, caches, routes = deepseek_v3.forward(
-        model.config, model.weights, tokens, state.caches, attend, model.experts
-    )
-    return deepseek_v3.logits(model.weights, hidden), caches, routes
+    return tokens, attend
 
 
 def _context(

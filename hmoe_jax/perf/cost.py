@@ -77,15 +77,21 @@ class PrefillCost:
 
 @dataclass(frozen=True)
 class DecodeCost:
-    """Seconds of a step of `batch` sequences: the CPU's experts, and everything else on the device, in turn."""
+    """Seconds of a step of `batch` sequences: the CPU's experts, and everything else on the device. In one part the two
+    take turns; in two they compute at once, and each part's first or last stage stands alone."""
 
     batch: int
     experts_s: float
     device_s: float
+    num_parts: int = 1
+    num_layers: int = 1
 
     @property
     def seconds(self) -> float:
-        return self.experts_s + self.device_s
+        if self.num_parts == 1:
+            return self.experts_s + self.device_s
+        alone = min(self.experts_s, self.device_s) / (self.num_parts * self.num_layers)
+        return max(self.experts_s, self.device_s) + alone
 
     @property
     def tok_per_s(self) -> float:
@@ -206,16 +212,24 @@ def _pieces(num_tokens: int, most: int) -> list[tuple[int, int]]:
     return [(begin, end - begin) for begin, end in itertools.pairwise(edges)]
 
 
-def decode_cost(config: ModelConfig, rates: Rates, *, batch: int, context: int) -> DecodeCost:
-    """One step without overlap; sequences choose their experts independently of each other."""
-    used = config.num_experts * used_share(config, batch)
+def decode_cost(config: ModelConfig, rates: Rates, *, batch: int, context: int, num_parts: int = 1) -> DecodeCost:
+    """One step; sequences choose their experts independently of each other. In parts, experts that several of them
+    chose and all other weights are read by each."""
+    used = num_parts * config.num_experts * used_share(config, batch / num_parts)
     experts = config.num_moe_layers * used * expert_bytes(config) / rates.expert_gbps / 1e9
     cache = batch * context * cache_bytes_per_token(config, itemsize=2)
-    device = (resident_bytes(config, looked_up=True) + cache) / rates.device_gbps / 1e9
-    return DecodeCost(batch, experts, device + config.num_layers * rates.dispatch_s)
+    device = (num_parts * resident_bytes(config, looked_up=True) + cache) / rates.device_gbps / 1e9
+    dispatch = num_parts * config.num_layers * rates.dispatch_s
+    return DecodeCost(batch, experts, device + dispatch, num_parts, config.num_layers)
 
 
-def used_share(config: ModelConfig, tokens: int) -> float:
+def gains_by_parts(config: ModelConfig, rates: Rates, *, batch: int, context: int) -> bool:
+    """Whether a step of so many sequences is sooner done in two parts that overlap than in one."""
+    one, two = (decode_cost(config, rates, batch=batch, context=context, num_parts=parts) for parts in (1, 2))
+    return batch > 1 and two.seconds < one.seconds
+
+
+def used_share(config: ModelConfig, tokens: float | int) -> float:
     """Of a layer's experts, how many some token chooses, if all are as probable."""
     return 1 - (1 - config.top_k / config.num_experts) ** tokens
 

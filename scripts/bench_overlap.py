@@ -1,0 +1,87 @@
+"""Dual-batch overlap on a machine without a GPU: XLA's device on one processor, the routed experts on another.
+
+Decode steps in which the two sides take turns against steps in two parts, each of which is computed on one side while
+the other part is on the other: throughput, each side's share, and the ideal. Wants a model whose sides take about equal
+time (`write_synthetic.py --narrow`), as a matrix is read once for each part: where reading weights is most of the work,
+the device's side takes twice as long in two parts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+
+from absl import flags
+from flags import MODEL, engine_options
+from mains import make_folder, print_json, run_main, write_atomically
+from overlapping.timing import Comparison, compare
+
+from hmoe_jax.exec.open import open_executor
+from hmoe_jax.exec.plan import EngineOptions
+from hmoe_jax.kernels.pool import cpu_name
+
+_BATCH = flags.DEFINE_multi_integer("batch", [8, 16], "Sequences that decode together; even.", lower_bound=2)
+_CONTEXT = flags.DEFINE_multi_integer("context", [2048, 4096], "Tokens that each looks back at.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 9, "Steps of each kind, in turn.", lower_bound=1)
+_DEVICE_CPUS = flags.DEFINE_multi_integer("device_cpu", [0], "Processors of XLA's side.", lower_bound=0)
+_OUT = flags.DEFINE_string("out", "out/overlap", "Folder for the results; made if it is missing.")
+
+
+def main() -> None:
+    out = make_folder(Path(_OUT.value))
+    if any(batch % 2 for batch in _BATCH.value):
+        raise ValueError(f"--batch must be even, got {_BATCH.value}")
+    os.sched_setaffinity(0, _DEVICE_CPUS.value)  # before JAX starts its threads
+    longest, largest = max(_CONTEXT.value) + 1, max(_BATCH.value)
+    wishes = engine_options() | {"executor": "overlap", "max_num_seqs": largest, "max_model_len": longest}
+    if wishes["expert_cpus"] == "auto":
+        wishes["expert_cpus"] = str(max(_DEVICE_CPUS.value) + 1)
+    executor, _ = open_executor(MODEL.value, EngineOptions(**wishes))
+    with closing(executor):
+        compared = [
+            compare(executor, batch=batch, context=context, num_rounds=_ROUNDS.value)
+            for batch in _BATCH.value
+            for context in _CONTEXT.value
+        ]
+    setting = {
+        "model": Path(MODEL.value).name,
+        "cpu": cpu_name(),
+        "device_cpus": _DEVICE_CPUS.value,
+        "expert_cpus": wishes["expert_cpus"],
+    }
+    text = f"{', '.join(f'{name} {value}' for name, value in setting.items())}\n\n{_table(compared)}\n"
+    print(f"\n{text}")
+    results = setting | {"overlap": [_record(each) for each in compared]}
+    write_atomically(out / "table.md", text)
+    write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
+    print_json(results)
+
+
+def _table(compared: list[Comparison]) -> str:
+    names = ("batch", "context", "in turn ms", "experts", "overlapped ms", "tok/s", "speedup", "ideal", "of ideal")
+    lines = [f"| {' | '.join(names)} |", f"|{'---:|' * len(names)}"]
+    for each in compared:
+        cells = (
+            f"{each.batch}",
+            f"{each.context:,}",
+            f"{each.one.seconds * 1e3:.0f}",
+            f"{each.experts_share:.0%}",
+            f"{each.two.seconds * 1e3:.0f}",
+            f"{each.batch / each.one.seconds:.1f} -> {each.batch / each.two.seconds:.1f}",
+            f"{each.speedup:.2f}",
+            f"{each.ideal:.2f}",
+            f"{each.speedup / each.ideal:.0%}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _record(each: Comparison) -> dict[str, object]:
+    return asdict(each) | {"speedup": each.speedup, "experts_share": each.experts_share, "ideal": each.ideal}
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,102 @@
+"""Decoding with the experts beside the program gives the bits of the program that computes them itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from hmoe_jax.engine import Engine
+from hmoe_jax.exec.batch import DecodeRow, decode_batch, prefill_batch
+from hmoe_jax.exec.open import open_executor
+from hmoe_jax.exec.plan import EngineOptions
+from hmoe_jax.exec.programs import Executor
+from hmoe_jax.exec.step import decode_logits, decode_logits_beside, prefill
+from tests.serving import assert_idle, drawn, tokens
+from tests.tiny import random_ids, write_tiny
+
+NUM_SEQUENCES, CONTEXT, PAGES_EACH = 4, 9, 2
+EXPERT_CPUS = "1"
+"""Need not exist: then the threads are not pinned."""
+
+
+@pytest.fixture(scope="module", params=["deepseek", "kimi"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("beside"), request.param)
+
+
+@pytest.fixture(scope="module")
+def executor(folder: Path) -> Iterator[Executor]:
+    options = EngineOptions(
+        max_num_seqs=NUM_SEQUENCES, max_model_len=128, executor="overlap", expert_cpus=EXPERT_CPUS, device="cpu"
+    )
+    executor, _ = open_executor(folder, options)
+    yield executor
+    executor.close()
+
+
+def pages(sequence: int) -> range:
+    return range(1 + sequence * PAGES_EACH, 1 + (sequence + 1) * PAGES_EACH)
+
+
+def fill(executor: Executor) -> None:
+    """The cache: different prompts of different lengths."""
+    for i in range(NUM_SEQUENCES):
+        ids = random_ids("plain", CONTEXT + 7 * i, seed=i) % executor.config.vocab_size
+        batch = prefill_batch(ids.tolist(), executor.layout, size=len(ids), slot=i, pages=pages(i))
+        executor.run(prefill, batch)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4])
+def test_logits_are_those_of_experts_inside_the_program_bit_for_bit(executor: Executor, num_rows: int) -> None:
+    rows = [DecodeRow(3 + i, CONTEXT + 7 * i, slot=i, pages=pages(i)) for i in range(num_rows)]
+    size = executor.buckets.for_decode(num_rows)
+    batch = decode_batch(rows, executor.layout, size=size, num_slots=executor.num_slots)
+    fill(executor)
+    inside = np.asarray(executor.run(decode_logits, batch))[:num_rows]
+    fill(executor)
+    for _ in range(3):
+        beside = np.asarray(executor.run(decode_logits_beside, batch))[:num_rows]
+        np.testing.assert_array_equal(beside, inside)
+
+
+def test_the_program_gives_the_lane_both_parts_before_it_waits_for_one(executor: Executor) -> None:
+    """In the order in which the CPU runs them: A, then B and A in turn."""
+    batch = executor.empty_decode(4)
+    text = executor._traced(decode_logits_beside, batch).lower().compile().as_text()
+    calls = [line for line in text.splitlines() if 'custom_call_target="hmoe_experts_' in line]
+    kinds = ["submit" if "experts_submit" in line else "wait" for line in calls]
+    num_layers = executor.config.num_moe_layers
+    assert sorted(kinds) == ["submit"] * 2 * num_layers + ["wait"] * 2 * num_layers
+    is_scheduled = "is_scheduled=true" in text
+    assert is_scheduled
+    assert kinds == ["submit", "submit", *["wait", "submit"] * 2 * (num_layers - 1), "wait", "wait"]
+
+
+def test_an_engine_writes_what_the_fused_one_writes(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path, "deepseek", with_tokenizer=True)
+    prompts = [random_ids("plain", 5 + 9 * i, seed=i) % 250 + 2 for i in range(5)]
+    params = [drawn(12 + i, seed=i, temperature=1.2) for i in range(5)]
+    options = {"max_num_seqs": NUM_SEQUENCES, "max_model_len": 128, "warm_up": False, "compilation_cache": None}
+    written = []
+    for wishes in (
+        {"executor": "fused"},
+        {"executor": "overlap", "expert_cpus": EXPERT_CPUS, "microbatches": 2},
+    ):
+        with Engine(folder, **wishes, **options, use_tqdm=False) as engine:
+            outputs = engine.generate([each.tolist() for each in prompts], params, use_tqdm=False)
+            written.append(tokens(outputs))
+            assert_idle(engine)
+    assert written[1] == written[0]
+
+
+def test_a_store_that_is_closed_under_a_step_is_an_error_and_not_a_hang(folder: Path) -> None:
+    options = EngineOptions(max_num_seqs=2, max_model_len=64, executor="overlap", expert_cpus=EXPERT_CPUS)
+    executor, _ = open_executor(folder, options)
+    executor._backend.store.close()
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"expert store \d+ is closed"):
+        jax.block_until_ready(executor.step(executor.empty_decode(2)))
+    executor.close()
