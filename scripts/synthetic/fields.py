@@ -12,10 +12,10 @@ CODECS = ("fp8_block", "bf16")
 
 NARROW = {
     "hidden_size": 2048,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 64,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
     "q_lora_rank": 512,
-    "moe_intermediate_size": 1024,
+    "moe_intermediate_size": 512,
     "intermediate_size": 4096,
 }
 """Small weights beside the same cache: attention over long contexts costs as much as the experts."""

@@ -89,6 +89,16 @@ def test_wishes_are_kept_and_need_no_reason() -> None:
     assert set(chosen.reasons) == {"kv_cache"}
 
 
+def test_an_overlapped_plan_says_which_batches_are_split() -> None:
+    wishes = {"executor": "overlap", "expert_cpus": "1", "max_num_seqs": 16}
+    by_rates = plan(**wishes)
+    assert by_rates.executor == "overlap"
+    assert by_rates.reasons["microbatches"].endswith(f"by the rates of {CPU.rates.name}")
+    assert plan(**wishes, microbatches=2).split_sizes == (4, 16)
+    assert plan(**wishes, microbatches=1).split_sizes == ()
+    assert plan(executor="fused").split_sizes == ()
+
+
 def test_a_plan_describes_each_reason_in_a_line() -> None:
     chosen = plan()
     lines = chosen.describe()
@@ -171,6 +181,11 @@ def test_a_machine_too_small_for_one_sequence_is_named_as_such() -> None:
         ({"isa": "sse9"}, "isa must be auto or one of .*, which this CPU offers, got 'sse9'"),
         ({"executor": "graph", "isa": "sse9"}, "isa must be auto or one of .*, which this CPU offers, got 'sse9'"),
         ({"num_threads": 0}, "num_threads: expected 1 <= num_threads <= .*, got 0"),
+        ({"executor": "overlap"}, "executor 'overlap' needs expert_cpus on the CPU platform"),
+        ({"executor": "overlap", "expert_cpus": "1", "dtype": "float32"}, "executor 'overlap' computes in bfloat16"),
+        ({"executor": "overlap", "expert_cpus": "x"}, "CPU"),
+        ({"microbatches": 2}, "microbatches 2 needs executor 'overlap', got 'fused'"),
+        ({"microbatches": 3}, "microbatches must be one of auto, 1, 2, got 3"),
     ],
     ids=str,
 )

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hmoe_jax.config import read_config
-from hmoe_jax.perf.cost import Rates, decode_cost, expert_bytes, prefill_cost, resident_bytes, used_share
+from hmoe_jax.perf.cost import (
+    Rates,
+    decode_cost,
+    expert_bytes,
+    gains_by_parts,
+    prefill_cost,
+    resident_bytes,
+    used_share,
+)
 
 DEEPSEEK_V3 = read_config(Path(__file__).parents[2] / "models" / "deepseek-v3")
 FAST = Rates(
@@ -60,6 +68,27 @@ def test_decoding_reads_the_experts_that_are_chosen() -> None:
     four = decode_cost(DEEPSEEK_V3, FAST, batch=4, context=1)
     assert 3.8 < four.experts_s / one.experts_s < 4
     assert four.tok_per_s > one.tok_per_s
+
+
+def test_two_parts_read_what_they_share_twice_and_hide_the_smaller_side() -> None:
+    one = decode_cost(DEEPSEEK_V3, FAST, batch=8, context=4096)
+    two = decode_cost(DEEPSEEK_V3, FAST, batch=8, context=4096, num_parts=2)
+    assert one.experts_s < two.experts_s < 1.2 * one.experts_s
+    assert one.device_s < two.device_s < 2 * one.device_s
+    larger, smaller = max(two.experts_s, two.device_s), min(two.experts_s, two.device_s)
+    assert larger < two.seconds < larger + smaller / 61
+
+
+@pytest.mark.parametrize(
+    ("batch", "device_gbps", "gains"),
+    [(1, 3000.0, False), (2, 3000.0, True), (64, 3000.0, False), (2, 60.0, False), (8, 60.0, True)],
+)
+def test_a_batch_is_split_where_hiding_a_side_outweighs_reading_twice(
+    batch: int, device_gbps: float, gains: bool
+) -> None:
+    """One cannot be split; of 64 most experts are chosen by both halves; a slow device reads its weights twice."""
+    rates = replace(FAST, device_gbps=device_gbps)
+    assert gains_by_parts(DEEPSEEK_V3, rates, batch=batch, context=4096) == gains
 
 
 def test_shares_of_experts() -> None:
