@@ -12,8 +12,8 @@ extern XLA_FFI_Handler* const kMoeExpertsHandler;
 // The same for programs on a GPU: the CPU computes, the GPU's stream waits.
 extern XLA_FFI_Handler* const kMoeExpertsGpuHandler;
 
-// hidden, ids, weights, layer as above, after [] s32; attributes lane and slot s64; result [] s32, a ticket. `after` is
-// not looked at: it orders the calls of a program.
+// hidden, ids, weights, layer as above, after [] s32; attributes lane and slot s64; result [] s32, a ticket.
+// `after` is not looked at: it orders the calls of a program.
 extern XLA_FFI_Handler* const kExpertsSubmitHandler;
 
 // ticket [] s32, after [] s32; attributes lane and slot s64; result [t, d] f32.

@@ -1,4 +1,5 @@
-// A value as it is, but not before another one is there: an order that no pass of the compiler can see through.
+// A value as it is, but not before another one is there: an order that no pass of the compiler can see
+// through.
 
 #include <cstring>
 
