@@ -217,10 +217,19 @@ def decode_cost(config: ModelConfig, rates: Rates, *, batch: int, context: int, 
     chose and all other weights are read by each."""
     used = num_parts * config.num_experts * used_share(config, batch / num_parts)
     experts = config.num_moe_layers * used * expert_bytes(config) / rates.expert_gbps / 1e9
-    cache = batch * context * cache_bytes_per_token(config, itemsize=2)
-    device = (num_parts * resident_bytes(config, looked_up=True) + cache) / rates.device_gbps / 1e9
+    device = num_parts * resident_s(config, rates) + cache_s(config, rates, batch=batch, context=context)
     dispatch = num_parts * config.num_layers * rates.dispatch_s
     return DecodeCost(batch, experts, device + dispatch, num_parts, config.num_layers)
+
+
+def resident_s(config: ModelConfig, rates: Rates) -> float:
+    """A device's reading of everything but the routed experts, once."""
+    return resident_bytes(config, looked_up=True) / rates.device_gbps / 1e9
+
+
+def cache_s(config: ModelConfig, rates: Rates, *, batch: float | int, context: int) -> float:
+    """A device's reading of what so many sequences look back at."""
+    return batch * context * cache_bytes_per_token(config, itemsize=2) / rates.device_gbps / 1e9
 
 
 def gains_by_parts(config: ModelConfig, rates: Rates, *, batch: int, context: int) -> bool:

@@ -1,0 +1,190 @@
+"""Decoding and a prompt side by side, event by event, from how long their stages take.
+
+The decoding device and the lane of routed experts are served in the order of `forward_in_parts`. A prompt is computed
+on a device of its own, or in quanta on the decoding device, where that would wait for the lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hmoe_jax.config import ModelConfig
+from hmoe_jax.perf.cost import PrefillCost, Rates, cache_s, expert_bytes, resident_s, used_share
+from hmoe_jax.perf.lanes import Span, busy_seconds
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Seconds of one part of a batch at one layer: on the device what needs the experts' result and what they need, and
+    what is computed beside them; on the lane the experts. `tail_s` follows the last layer."""
+
+    num_layers: int
+    front_s: float
+    shared_s: float
+    experts_s: float
+    tail_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a prompt needs of a device and of the link to it. A quantum of `quantum_s` is not cut, and none can begin
+    before its experts have come: `copy_s` is spread evenly over `compute_s`. While copies run, the lane's experts take
+    `stretch` times as long, as both read host memory."""
+
+    compute_s: float
+    copy_s: float
+    quantum_s: float
+    stretch: float = 1.0
+    has_device: bool = False
+
+    @property
+    def alone_s(self) -> float:
+        return max(self.compute_s, self.copy_s)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`num_steps` decode steps in `seconds`, until the prompt was done. `spans` of "device", "lane" and "prompt"."""
+
+    num_steps: int
+    seconds: float
+    spans: tuple[Span, ...]
+
+    @property
+    def step_s(self) -> float:
+        return self.seconds / self.num_steps
+
+    def share(self, name: str) -> float:
+        """Of the time, that something of this name was under way."""
+        return busy_seconds(span for span in self.spans if span.name == name) / self.seconds
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A prompt beside decoding against decoding alone, and against taking turns."""
+
+    alone: Outcome
+    together: Outcome
+    prompt: Prompt
+
+    @property
+    def slowdown(self) -> float:
+        """Of the time between tokens, while the prompt is computed."""
+        return self.together.step_s / self.alone.step_s - 1
+
+    @property
+    def gain(self) -> float:
+        """In throughput: how much longer the same steps and the same prompt take in turns."""
+        in_turns = self.together.num_steps * self.alone.step_s + self.prompt.alone_s
+        return in_turns / self.together.seconds - 1
+
+
+def stages(config: ModelConfig, rates: Rates, *, batch: int, context: int, num_parts: int) -> list[Stages]:
+    """By the model of costs; all parts are alike."""
+    tokens = batch / num_parts
+    layers, moe_layers = config.num_layers, config.num_moe_layers
+    used = config.num_experts * used_share(config, tokens)
+    shared = 3 * config.hidden_size * config.expert_ffn * config.num_shared_experts / rates.device_gbps / 1e9
+    device = (resident_s(config, rates) + cache_s(config, rates, batch=tokens, context=context)) / layers
+    front = max(device - shared * moe_layers / layers, 0.0) + rates.dispatch_s
+    dense = (layers - moe_layers) * (front + shared)
+    one = Stages(moe_layers, front, shared, used * expert_bytes(config) / rates.expert_gbps / 1e9, tail_s=dense)
+    return [one] * num_parts
+
+
+def prompt_of(
+    cost: PrefillCost, rates: Rates, *, quantum_s: float, dram_gbps: float, has_device: bool = False
+) -> Prompt:
+    """A streamed prompt, whose copies take their share of the host memory's bandwidth from the lane."""
+    copied_gbps = min(
+        rates.link_gbps * rates.num_devices, cost.copy_s / cost.seconds * rates.link_gbps * rates.num_devices
+    )
+    stretch = rates.expert_gbps / max(min(rates.expert_gbps, dram_gbps - copied_gbps), 1e-9)
+    return Prompt(cost.front_s + cost.experts_s, cost.copy_s, quantum_s, stretch, has_device)
+
+
+def simulate(
+    parts: Sequence[Stages], *, prompt: Prompt | None = None, max_slowdown: float = 0.15, num_steps: int = 3
+) -> Outcome:
+    """Decode steps one after the other: `num_steps`, or as many as there are until the prompt is done.
+
+    A quantum that ends later than the lane makes decoding late; it is begun while that is at most `max_slowdown` of the
+    time that decoding would have taken without.
+    """
+    run = _Run(list(parts), prompt, max_slowdown)
+    steps = 0
+    while steps < num_steps if prompt is None else not run.prompt_done:
+        run.step()
+        steps += 1
+    return Outcome(steps, run.device_s, tuple(run.spans))
+
+
+def beside(parts: Sequence[Stages], prompt: Prompt, *, max_slowdown: float = 0.15) -> Beside:
+    return Beside(simulate(parts), simulate(parts, prompt=prompt, max_slowdown=max_slowdown), prompt)
+
+
+@dataclass
+class _Run:
+    """`device_s`, `lane_s`: until when each is busy. `done_s`: of each part, when its experts are done."""
+
+    parts: list[Stages]
+    prompt: Prompt | None
+    max_slowdown: float
+    device_s: float = 0.0
+    lane_s: float = 0.0
+    prompted_s: float = 0.0
+    late_s: float = 0.0
+    spans: list[Span] = field(default_factory=list)
+
+    @property
+    def prompt_done(self) -> bool:
+        if self.prompt is None:
+            return True
+        if self.prompt.has_device:
+            return self.device_s >= self.prompt.alone_s
+        return self.prompted_s >= self.prompt.compute_s
+
+    def step(self) -> None:
+        done_s = [self.device_s] * len(self.parts)
+        for _ in range(self.parts[0].num_layers):
+            for index, part in enumerate(self.parts):
+                self._await(done_s[index])
+                self._compute(part.front_s)
+                done_s[index] = self._experts(part.experts_s)
+                self._compute(part.shared_s)
+        for index, part in enumerate(self.parts):
+            self._await(done_s[index])
+            self._compute(part.tail_s)
+
+    def _compute(self, seconds: float) -> None:
+        self.spans.append(Span("device", self.device_s, self.device_s + seconds))
+        self.device_s += seconds
+
+    def _experts(self, seconds: float) -> float:
+        begin = max(self.lane_s, self.device_s)
+        stretch = 1.0 if self.prompt is None or self.prompt_done else self.prompt.stretch
+        self.lane_s = begin + seconds * stretch
+        self.spans.append(Span("lane", begin, self.lane_s))
+        return self.lane_s
+
+    def _await(self, ready_s: float) -> None:
+        while self._runs_quantum(ready_s):
+            pass
+        self.device_s = max(self.device_s, ready_s)
+
+    def _runs_quantum(self, ready_s: float) -> bool:
+        prompt = self.prompt
+        if prompt is None or prompt.has_device or self.prompt_done:
+            return False
+        seconds = min(prompt.quantum_s, prompt.compute_s - self.prompted_s)
+        has_come = self.device_s >= (self.prompted_s + seconds) * prompt.copy_s / prompt.compute_s
+        late_s = max(self.device_s + seconds - max(ready_s, self.device_s), 0.0)
+        on_time_s = self.device_s - self.late_s
+        if not has_come or self.late_s + late_s > self.max_slowdown * on_time_s:
+            return False
+        self.spans.append(Span("prompt", self.device_s, self.device_s + seconds))
+        self.device_s += seconds
+        self.prompted_s += seconds
+        self.late_s += late_s
+        return True
