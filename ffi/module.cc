@@ -149,6 +149,7 @@ void BindExpertLane(nb::module_& m) {
       .def("submit", &PyExpertLane::Submit, "slot"_a, "layer"_a, "hidden"_a.noconvert(), "ids"_a.noconvert(),
            "weights"_a.noconvert())
       .def("wait", &PyExpertLane::Wait, "slot"_a, "ticket"_a, "out"_a.noconvert())
+      .def("check", &PyExpertLane::CheckFailure)
       .def("take_busy_s", &PyExpertLane::TakeBusySeconds)
       .def("close", &PyExpertLane::Close)
       .def_prop_ro("id", &PyExpertLane::id);
@@ -163,6 +164,8 @@ NB_MODULE(_native, m) {
   m.def("moe_experts_gpu", [] { return Capsule(kMoeExpertsGpuHandler); });
   m.def("experts_submit", [] { return Capsule(kExpertsSubmitHandler); });
   m.def("experts_wait", [] { return Capsule(kExpertsWaitHandler); });
+  m.def("experts_submit_gpu", [] { return Capsule(kExpertsSubmitGpuHandler); });
+  m.def("experts_wait_gpu", [] { return Capsule(kExpertsWaitGpuHandler); });
   m.def("in_order", [] { return Capsule(kInOrderHandler); });
   m.def("linear", [] { return Capsule(kLinearHandler); });
   m.def("mla_prefill", [] { return Capsule(kMlaPrefillHandler); });

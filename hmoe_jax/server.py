@@ -120,7 +120,6 @@ class Server:
         try:
             self.tidy()
             self._step(is_interrupted)
-            self._executor.check_intact()
         except Exception as error:
             self._recover(error)
         if not self._requests:
@@ -225,7 +224,7 @@ class Server:
 
     def _finish(self, prompt: _Prompt, output: Any) -> None:
         sequence, start, end = prompt.work.sequence, prompt.work.start, prompt.end
-        sampled, routes = jax.device_get((output.sampled, output.routes))
+        sampled, routes = self._fetch(output)
         routes = routes[:, : end - start]
         self._scheduler.prefilled(sequence, end)
         self.meters.prefilled(end - start, routes)
@@ -248,8 +247,7 @@ class Server:
         size = self._executor.buckets.for_decode(len(rows))
         batch = decode_batch(rows, self._executor.layout, size=size, num_slots=self._executor.num_slots)
         begin = self._clock()
-        output = self._executor.step(batch)
-        sampled, routes = jax.device_get((output.sampled, output.routes))
+        sampled, routes = self._fetch(self._executor.step(batch))
         self.meters.decoded(self._clock() - begin, routes)
         for row, (sequence, draws_next) in enumerate(zip(sequences, draws, strict=True)):
             with self._blaming(sequence):
@@ -259,6 +257,12 @@ class Server:
                 if draws_next:
                     self._append(sequence, sampled, row)
         self._at_work = ()
+
+    def _fetch(self, output: StepOutput) -> tuple[Any, Any]:
+        """Tokens and routes, on the host, once it is known that they can be trusted."""
+        fetched = jax.device_get((output.sampled, output.routes))
+        self._executor.check_intact()
+        return fetched
 
     def _append(self, sequence: Sequence, sampled: Any, row: int) -> None:
         request = self._requests[sequence]

@@ -74,6 +74,16 @@ Status ExpertLane::Wait(int64_t slot, int32_t ticket, int64_t tokens, float* out
   return job.status;
 }
 
+void ExpertLane::NoteFailure(const Error& failure) {
+  const std::lock_guard lock(submitting_);
+  if (failure_.ok()) failure_ = failure;
+}
+
+Status ExpertLane::TakeFailure() {
+  const std::lock_guard lock(submitting_);
+  return std::exchange(failure_, {});
+}
+
 Result<ExpertLane::Slot*> ExpertLane::Find(int64_t slot) {
   if (slot < 0 || slot >= std::ssize(slots_)) {
     return Fail("slot: expected 0 to ", std::ssize(slots_) - 1, ", got ", slot);

@@ -37,6 +37,10 @@ class ExpertLane {
   // Waits until the job is done and copies its result, [tokens, hidden]. Fails as the job failed.
   Status Wait(int64_t slot, int32_t ticket, int64_t tokens, float* out);
 
+  // What failed where no caller could be told, the first since this was last asked.
+  void NoteFailure(const Error& failure);
+  Status TakeFailure();
+
   // Time in which jobs were computed, since the last call of this.
   std::chrono::nanoseconds TakeBusy() { return std::chrono::nanoseconds(busy_ns_.exchange(0)); }
 
@@ -62,7 +66,8 @@ class ExpertLane {
   std::vector<std::unique_ptr<Slot>> slots_;
 
   // The queue: a slot holds one job at most, so that there is always room for a submitted one.
-  std::mutex submitting_;
+  std::mutex submitting_;  // failure_ as well
+  Status failure_;
   std::vector<Slot*> order_;
   alignas(64) std::atomic<int32_t> submitted_{0};
   alignas(64) std::atomic<int64_t> busy_ns_{0};

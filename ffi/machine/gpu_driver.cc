@@ -24,6 +24,7 @@ struct GpuDriver::Functions {
   int (*to_host)(void* to, uintptr_t from, size_t bytes, void* stream);
   int (*to_device)(uintptr_t to, const void* from, size_t bytes, void* stream);
   int (*synchronize)(void* stream);
+  int (*launch_host)(void* stream, void (*function)(void*), void* argument);
   int (*describe)(int error, const char** text);
 };
 
@@ -88,6 +89,7 @@ Status GpuDriver::Load(const std::string& library) {
   find(functions_->to_host, "cuMemcpyDtoHAsync_v2");
   find(functions_->to_device, "cuMemcpyHtoDAsync_v2");
   find(functions_->synchronize, "cuStreamSynchronize");
+  find(functions_->launch_host, "cuLaunchHostFunc");
   find(functions_->describe, "cuGetErrorString");
   if (missing != nullptr) return Fail("the GPU's driver ", library, " has no function ", missing);
   return {};
@@ -135,6 +137,11 @@ Status GpuDriver::CopyToDevice(void* to, const void* from, int64_t bytes, void* 
 
 Status GpuDriver::Synchronize(void* stream) const {
   return OnStream(stream, "cuStreamSynchronize", [&] { return functions_->synchronize(stream); });
+}
+
+Status GpuDriver::LaunchHost(void (*function)(void*), void* argument, void* stream) const {
+  return OnStream(stream, "cuLaunchHostFunc",
+                  [&] { return functions_->launch_host(stream, function, argument); });
 }
 
 }  // namespace hmoe

@@ -34,6 +34,10 @@ class GpuDriver {
   Status CopyToDevice(void* to, const void* from, int64_t bytes, void* stream) const;
   Status Synchronize(void* stream) const;
 
+  // Calls a function of the host when the stream comes to it, which waits until it returns. It must not call
+  // the driver.
+  Status LaunchHost(void (*function)(void*), void* argument, void* stream) const;
+
  private:
   class Current;
   struct Functions;

@@ -58,6 +58,9 @@ class PyExpertLane {
     Check(done);
   }
 
+  // Raises what failed on a GPU's stream.
+  void CheckFailure() { Check(Find()->TakeFailure()); }
+
   double TakeBusySeconds() { return std::chrono::duration<double>(Find()->TakeBusy()).count(); }
 
   // The thread ends when the last call that uses it has returned.

@@ -6,6 +6,7 @@
 #include <future>
 #include <string>
 
+#include "kernels/expert_lane_gpu.h"
 #include "kernels/moe_experts_gpu.h"
 #include "store/expert_store.h"
 #include "tests/check.h"
@@ -187,6 +188,63 @@ void TestFailuresForAGpuAreErrors() {
   CHECK(gpu.Run(*store, {&layer, hidden.data(), {ids, weights, 1, 1}, out.data()}, &other).ok());
 }
 
+void TestALaneForAGpu() {
+  const auto store = NewStore(Residency::kArena);
+  const auto lane = ExpertLane::Create(store, 2, std::chrono::milliseconds(60'000)).value();
+  GpuExpertLane gpu(OpenDriver());
+  int stream = 0;
+  std::vector<uint16_t> hidden(static_cast<size_t>(3 * kShape.hidden), 0x3f80);
+  const int32_t layer = 1, ids[] = {0, 1, 2, 2, 1, 0};
+  const float weights[] = {1, .5f, 1, .5f, 1, .5f};
+  std::vector<float> expected(hidden.size()), first(hidden.size()), second(hidden.size());
+  CHECK(MoeExperts(*store, layer, hidden.data(), {ids, weights, 3, 2}, expected.data()).ok());
+  const GpuOperands operands{&layer, hidden.data(), {ids, weights, 3, 2}, nullptr};
+  (void)Calls();
+  for (int round = 0; round < 3; ++round) {
+    int32_t tickets[] = {0, 0};
+    std::fill(first.begin(), first.end(), 0.0f);
+    CHECK(gpu.Submit(lane, 0, operands, &tickets[0], &stream).ok());
+    CHECK(gpu.Submit(lane, 1, operands, &tickets[1], &stream).ok());
+    CHECK(gpu.Wait(lane, 0, first.data(), &stream).ok());
+    CHECK(gpu.Wait(lane, 1, second.data(), &stream).ok());
+    CHECK(first == expected);
+    CHECK(second == expected);
+    CHECK(tickets[0] == 1 && tickets[1] == 1);
+  }
+  CHECK_CONTAINS(std::string(Calls()),
+                 Text("to host ", 6 * kShape.hidden, " bytes\ncall the host\nto device 4 bytes\n"));
+  CHECK(lane->TakeFailure().ok());
+}
+
+void TestFailuresOfALaneForAGpuReachTheNextCall() {
+  const auto store = NewStore(Residency::kArena);
+  const auto lane = ExpertLane::Create(store, 1, std::chrono::milliseconds(60'000)).value();
+  GpuExpertLane gpu(OpenDriver());
+  int stream = 0;
+  const std::vector<uint16_t> hidden(static_cast<size_t>(kShape.hidden), 0x3f80);
+  std::vector<float> out(hidden.size());
+  const int32_t layer = 0, ids[] = {0}, wrong[] = {7};
+  const float weights[] = {1};
+  int32_t ticket = 0;
+  const auto submit = [&](const int32_t* chosen, int64_t slot = 0) {
+    return gpu.Submit(lane, slot, {&layer, hidden.data(), {chosen, weights, 1, 1}, nullptr}, &ticket,
+                      &stream);
+  };
+  for (const char* function : {"cuLaunchHostFunc", "cuMemcpyDtoHAsync_v2", "cuMemcpyHtoDAsync_v2"}) {
+    FailNext(function, 1, 700);
+    CHECK_CONTAINS(submit(ids).error().message, "failed (700)");
+    CHECK(submit(ids).ok());
+    CHECK(gpu.Wait(lane, 0, out.data(), &stream).ok());
+  }
+  CHECK(submit(wrong).ok());  // the stream is not there yet, for all that the host knows
+  CHECK(gpu.Wait(lane, 0, out.data(), &stream).ok());
+  CHECK_CONTAINS(submit(ids).error().message, "names expert 7");
+  CHECK(submit(ids, 5).ok());
+  CHECK_CONTAINS(lane->TakeFailure().error().message, "slot: expected 0 to 0, got 5");
+  CHECK(submit(ids).ok());
+  CHECK(gpu.Wait(lane, 0, out.data(), &stream).ok());
+}
+
 }  // namespace
 }  // namespace hmoe
 
@@ -199,5 +257,7 @@ int main() {
   hmoe::TestOnlyAnArenaIsPinned();
   hmoe::TestExpertsForAGpu();
   hmoe::TestFailuresForAGpuAreErrors();
+  hmoe::TestALaneForAGpu();
+  hmoe::TestFailuresOfALaneForAGpuReachTheNextCall();
   return hmoe::test::failures;
 }

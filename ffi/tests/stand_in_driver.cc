@@ -12,6 +12,7 @@
 #include <mutex>
 #include <string>
 #include <tuple>
+#include <utility>
 
 namespace {
 
@@ -151,6 +152,20 @@ EXPORT int cuStreamSynchronize(void*) {
   if (depth == 0) return kInvalidContext;
   if (const int error = Injected("cuStreamSynchronize")) return error;
   Log("synchronize");
+  return kSuccess;
+}
+
+// The stream has come to it at once. As with a real driver, the function has no context.
+EXPORT int cuLaunchHostFunc(void*, void (*function)(void*), void* argument) {
+  {
+    const std::lock_guard lock(mutex);
+    if (depth == 0) return kInvalidContext;
+    if (const int error = Injected("cuLaunchHostFunc")) return error;
+    Log("call the host");
+  }
+  const int before = std::exchange(depth, 0);
+  function(argument);
+  depth = before;
   return kSuccess;
 }
 

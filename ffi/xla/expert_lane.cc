@@ -1,7 +1,10 @@
-// Adapter: XLA buffers to hmoe::ExpertLane.
+// Adapter: XLA buffers to hmoe::ExpertLane, and to GpuExpertLane.
 
 #include "kernels/expert_lane.h"
 
+#include <utility>
+
+#include "kernels/expert_lane_gpu.h"
 #include "store/registry.h"
 #include "xla/arguments.h"
 #include "xla/handlers.h"
@@ -9,8 +12,9 @@
 namespace hmoe {
 namespace {
 
-Status Submit(ffi::AnyBuffer hidden, ffi::AnyBuffer ids, ffi::AnyBuffer weights, ffi::AnyBuffer layer,
-              ffi::AnyBuffer after, int64_t lane_id, int64_t slot, ffi::AnyBuffer ticket) {
+// `submit` gets the lane and operands that fit it, wherever they lie.
+Status CheckedSubmit(ffi::AnyBuffer hidden, ffi::AnyBuffer ids, ffi::AnyBuffer weights, ffi::AnyBuffer layer,
+                     ffi::AnyBuffer after, int64_t lane_id, ffi::AnyBuffer ticket, auto submit) {
   const auto lane = Lanes().Find(lane_id);
   if (!lane.ok()) return lane.error();
   const int64_t width = lane.value()->store()->shape().hidden;
@@ -25,55 +29,100 @@ Status Submit(ffi::AnyBuffer hidden, ffi::AnyBuffer ids, ffi::AnyBuffer weights,
   if (Status s = CheckArgument("result", ticket, {ffi::S32}, {}); !s.ok()) return s;
 
   const Routing routing{DataOf<const int32_t>(ids), DataOf<const float>(weights), tokens, choices};
-  const auto submitted =
-      lane.value()->Submit(slot, *DataOf<const int32_t>(layer), DataOf<const uint16_t>(hidden), routing);
-  if (!submitted.ok()) return submitted.error();
-  *DataOf<int32_t>(ticket) = submitted.value();
-  return {};
+  return submit(lane.value(),
+                GpuOperands{DataOf<const int32_t>(layer), DataOf<const uint16_t>(hidden), routing, nullptr});
 }
 
-Status Wait(ffi::AnyBuffer ticket, ffi::AnyBuffer after, int64_t lane_id, int64_t slot, ffi::AnyBuffer out) {
+Status CheckedWait(ffi::AnyBuffer ticket, ffi::AnyBuffer after, int64_t lane_id, ffi::AnyBuffer out,
+                   auto wait) {
   const auto lane = Lanes().Find(lane_id);
   if (!lane.ok()) return lane.error();
   const int64_t width = lane.value()->store()->shape().hidden;
   if (Status s = CheckArgument("ticket", ticket, {ffi::S32}, {}); !s.ok()) return s;
   if (Status s = CheckArgument("after", after, {ffi::S32}, {}); !s.ok()) return s;
   if (Status s = CheckArgument("result", out, {ffi::F32}, {kAnySize, width}); !s.ok()) return s;
-  return lane.value()->Wait(slot, *DataOf<const int32_t>(ticket), out.dimensions()[0], DataOf<float>(out));
+  return wait(lane.value());
 }
 
-ffi::Error HandleSubmit(ffi::AnyBuffer hidden, ffi::AnyBuffer ids, ffi::AnyBuffer weights,
+ffi::Error Submit(ffi::AnyBuffer hidden, ffi::AnyBuffer ids, ffi::AnyBuffer weights, ffi::AnyBuffer layer,
+                  ffi::AnyBuffer after, int64_t lane, int64_t slot, ffi::Result<ffi::AnyBuffer> ticket) {
+  const auto submit = [&](const auto& to, const GpuOperands& operands) -> Status {
+    const auto submitted = to->Submit(slot, *operands.layer, operands.hidden, operands.routing);
+    if (!submitted.ok()) return submitted.error();
+    *DataOf<int32_t>(*ticket) = submitted.value();
+    return {};
+  };
+  return ToXla(CheckedSubmit(hidden, ids, weights, layer, after, lane, *ticket, submit));
+}
+
+ffi::Error Wait(ffi::AnyBuffer ticket, ffi::AnyBuffer after, int64_t lane, int64_t slot,
+                ffi::Result<ffi::AnyBuffer> out) {
+  return ToXla(CheckedWait(ticket, after, lane, *out, [&](const auto& of) {
+    return of->Wait(slot, *DataOf<const int32_t>(ticket), out->dimensions()[0], DataOf<float>(*out));
+  }));
+}
+
+Result<GpuExpertLane*> ForGpu() {
+  static const auto driver = GpuDriver::Open();
+  if (!driver.ok()) return driver.error();
+  static GpuExpertLane& lanes =
+      *new GpuExpertLane(driver.value());  // the driver may end before the process does
+  return &lanes;
+}
+
+ffi::Error SubmitForGpu(void* stream, ffi::AnyBuffer hidden, ffi::AnyBuffer ids, ffi::AnyBuffer weights,
                         ffi::AnyBuffer layer, ffi::AnyBuffer after, int64_t lane, int64_t slot,
                         ffi::Result<ffi::AnyBuffer> ticket) {
-  return ToXla(Submit(hidden, ids, weights, layer, after, lane, slot, *ticket));
+  const auto submit = [&](const auto& to, const GpuOperands& operands) -> Status {
+    const auto gpu = ForGpu();
+    if (!gpu.ok()) return gpu.error();
+    return gpu.value()->Submit(to, slot, operands, DataOf<int32_t>(*ticket), stream);
+  };
+  return ToXla(CheckedSubmit(hidden, ids, weights, layer, after, lane, *ticket, submit));
 }
 
-ffi::Error HandleWait(ffi::AnyBuffer ticket, ffi::AnyBuffer after, int64_t lane, int64_t slot,
+ffi::Error WaitForGpu(void* stream, ffi::AnyBuffer ticket, ffi::AnyBuffer after, int64_t lane, int64_t slot,
                       ffi::Result<ffi::AnyBuffer> out) {
-  return ToXla(Wait(ticket, after, lane, slot, *out));
+  return ToXla(CheckedWait(ticket, after, lane, *out, [&](const auto& of) -> Status {
+    const auto gpu = ForGpu();
+    if (!gpu.ok()) return gpu.error();
+    return gpu.value()->Wait(of, slot, DataOf<float>(*out), stream);
+  }));
 }
 
-XLA_FFI_DEFINE_HANDLER(kSubmit, HandleSubmit,
-                       ffi::Ffi::Bind()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Attr<int64_t>("lane")
-                           .Attr<int64_t>("slot")
-                           .Ret<ffi::AnyBuffer>());
-XLA_FFI_DEFINE_HANDLER(kWait, HandleWait,
-                       ffi::Ffi::Bind()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Attr<int64_t>("lane")
-                           .Attr<int64_t>("slot")
-                           .Ret<ffi::AnyBuffer>());
+auto WithSubmitOperands(auto binding) {
+  return std::move(binding)
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Attr<int64_t>("lane")
+      .template Attr<int64_t>("slot")
+      .template Ret<ffi::AnyBuffer>();
+}
+
+auto WithWaitOperands(auto binding) {
+  return std::move(binding)
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Attr<int64_t>("lane")
+      .template Attr<int64_t>("slot")
+      .template Ret<ffi::AnyBuffer>();
+}
+
+auto OnStream() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<void*>>(); }
+
+XLA_FFI_DEFINE_HANDLER(kSubmit, Submit, WithSubmitOperands(ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER(kWait, Wait, WithWaitOperands(ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER(kSubmitForGpu, SubmitForGpu, WithSubmitOperands(OnStream()));
+XLA_FFI_DEFINE_HANDLER(kWaitForGpu, WaitForGpu, WithWaitOperands(OnStream()));
 
 }  // namespace
 
 XLA_FFI_Handler* const kExpertsSubmitHandler = kSubmit;
 XLA_FFI_Handler* const kExpertsWaitHandler = kWait;
+XLA_FFI_Handler* const kExpertsSubmitGpuHandler = kSubmitForGpu;
+XLA_FFI_Handler* const kExpertsWaitGpuHandler = kWaitForGpu;
 
 }  // namespace hmoe

@@ -19,6 +19,10 @@ extern XLA_FFI_Handler* const kExpertsSubmitHandler;
 // ticket [] s32, after [] s32; attributes lane and slot s64; result [t, d] f32.
 extern XLA_FFI_Handler* const kExpertsWaitHandler;
 
+// The same for programs on a GPU, whose stream waits and not the host.
+extern XLA_FFI_Handler* const kExpertsSubmitGpuHandler;
+extern XLA_FFI_Handler* const kExpertsWaitGpuHandler;
+
 // value and after, of any type and shape; result as the value, in its memory.
 extern XLA_FFI_Handler* const kInOrderHandler;
 

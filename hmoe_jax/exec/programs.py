@@ -149,9 +149,12 @@ class Executor:
         self._state = self._empty_state()
 
     def check_intact(self) -> None:
-        """Raises `CheckpointError` if a file that is still read was cut off: then no output can be trusted."""
+        """Raises `CheckpointError` if a file that is still read was cut off: then no output can be trusted. Raises
+        `ValueError` for routed experts that failed beside a program that could not say so."""
         if self._guard is not None:
             self._guard.check()
+        if self.lane is not None:
+            self.lane.check()
 
     def close(self) -> None:
         """Frees the arrays at once, whoever still refers to the executor, and what its backend owns."""

@@ -45,6 +45,10 @@ class ExpertLane:
         """Writes a job's result to `out`. Raises `ValueError` if it failed, or is not done within the patience."""
         self.native.wait(slot, ticket, out)
 
+    def check(self) -> None:
+        """Raises `ValueError` for a job of a program on a GPU that failed since this was last asked."""
+        self.native.check()
+
     def take_busy_s(self) -> float:
         """Seconds in which jobs were computed since this was last asked."""
         return self.native.take_busy_s()

@@ -8,6 +8,7 @@ from jaxtyping import Array
 from hmoe_jax.kernels import _native
 
 jax.ffi.register_ffi_target("hmoe_in_order", _native.in_order(), platform="cpu")
+jax.ffi.register_ffi_target("hmoe_in_order", _native.in_order(), platform="CUDA")
 
 
 def in_order(value: Array, *, after: Array) -> Array:

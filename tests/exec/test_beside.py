@@ -76,6 +76,14 @@ def test_the_program_gives_the_lane_both_parts_before_it_waits_for_one(executor:
     assert kinds == ["submit", "submit", *["wait", "submit"] * 2 * (num_layers - 1), "wait", "wait"]
 
 
+def test_the_same_program_lowers_for_cuda(executor: Executor) -> None:
+    text = (
+        executor._traced(decode_logits_beside, executor.empty_decode(4)).lower(lowering_platforms=("cuda",)).as_text()
+    )
+    num_calls = 2 * executor.config.num_moe_layers
+    assert text.count("@hmoe_experts_submit(") == text.count("@hmoe_experts_wait(") == num_calls
+
+
 def test_an_engine_writes_what_the_fused_one_writes(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path, "deepseek", with_tokenizer=True)
     prompts = [random_ids("plain", 5 + 9 * i, seed=i) % 250 + 2 for i in range(5)]
