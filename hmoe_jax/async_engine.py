@@ -26,6 +26,7 @@ class AsyncEngine:
         self._ids = itertools.count()
         self._streams: dict[str, _Stream] = {}
         self._wakes, self._is_closing = threading.Event(), False
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="hmoe-async", daemon=True)
         self._thread.start()
 
@@ -45,6 +46,8 @@ class AsyncEngine:
         iterator, or cancelling the task that reads it, aborts the request.
         """
         request_id = request_id if request_id is not None else f"async-{next(self._ids)}"
+        if self._error is not None:
+            raise self._error
         if request_id in self._streams:
             raise ValueError(f"request_id {request_id!r} is in use")
         stream = self._streams[request_id] = _Stream(asyncio.get_running_loop())
@@ -87,11 +90,17 @@ class AsyncEngine:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._is_closing:
-            self._wakes.wait()
-            self._wakes.clear()
-            while self.engine.has_unfinished_requests and self._deliver():
-                pass
+        try:
+            while not self._is_closing:
+                self._wakes.wait()
+                self._wakes.clear()
+                while self.engine.has_unfinished_requests and self._deliver():
+                    pass
+            self._deliver()  # what closing has aborted meanwhile
+        except Exception as error:  # ours, not a request's: nobody shall wait for a thread that is gone
+            self._error = error
+            for stream in list(self._streams.values()):
+                stream.fail(error)
 
     def _deliver(self) -> bool:
         """One step, and its outputs to those who read them. False if there will be no other."""
@@ -103,22 +112,33 @@ class AsyncEngine:
 
 
 class _Stream:
-    """The latest output of one request, on its way to an event loop."""
+    """The latest output of one request, or why there will be none, on its way to an event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop, self._has_come = loop, asyncio.Event()
-        self._latest: RequestOutput
+        self._latest: RequestOutput | Exception | None = None
 
     def put(self, output: RequestOutput) -> bool:
         """From any thread. False if nobody can read it any more."""
-        self._latest = output
+        return self._put(output)
+
+    def fail(self, error: Exception) -> None:
+        self._put(error)
+
+    async def next(self) -> RequestOutput:
+        while self._latest is None:
+            self._has_come.clear()
+            if self._latest is None:
+                await self._has_come.wait()
+        latest, self._latest = self._latest, None
+        if isinstance(latest, Exception):
+            raise latest
+        return latest
+
+    def _put(self, latest: RequestOutput | Exception) -> bool:
+        self._latest = latest
         try:
             self._loop.call_soon_threadsafe(self._has_come.set)
         except RuntimeError:  # the loop is closed
             return False
         return True
-
-    async def next(self) -> RequestOutput:
-        await self._has_come.wait()
-        self._has_come.clear()
-        return self._latest

@@ -137,6 +137,10 @@ class Engine:
         for a request that is too large for the cache.
         """
         (params,) = self._params_for(1, sampling_params)
+        if not isinstance(request_id, str):
+            raise ValueError(f"request_id must be a text, got {request_id!r}")
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise ValueError(f"priority must be an integer, got {priority!r}")
         if timeout_s is not None and not timeout_s >= 0:
             raise ValueError(f"timeout_s must not be negative, got {timeout_s!r}")
         deadline_ns = None if timeout_s is None else int((self._clock() + min(timeout_s, FOREVER_S)) * 1e9)
@@ -160,11 +164,15 @@ class Engine:
         outputs can also be had from an engine that was closed.
         """
         self._loop.step_if_open()
-        changed = self._loop.server.take_changed()
-        for request in changed:
-            if request.is_finished:
-                self._polled.pop(request.request_id, None)
-        return [request.output() for request in changed]
+        outputs = []
+        for request in self._loop.server.take_changed():
+            output = request.output()
+            if self._polled.get(request.request_id) is not request:
+                continue  # its last output has been returned: another thread's step had changed it once more
+            if output.finished:
+                del self._polled[request.request_id]
+            outputs.append(output)
+        return outputs
 
     def abort(self, request_id: str | Iterable[str]) -> None:
         """Ends requests of `add_request`; their last outputs come with the next `step`. Unknown ids and such that have
@@ -320,7 +328,7 @@ class Engine:
             )
             for index, seed in enumerate(root.generate_state(params.n, np.uint64))
         ]
-        return Request(request_id or str(next(self._ids)), prompt.text, sequences, self._clock)
+        return Request(str(next(self._ids)) if request_id is None else request_id, prompt.text, sequences, self._clock)
 
     def _params_for(
         self, num_prompts: int, params: SamplingParams | Sequence[SamplingParams] | None

@@ -47,15 +47,8 @@ class ServingLoop:
             finally:
                 self._lock.release()
 
-    def step(self) -> None:
-        """One step for all requests, if there are any. Raises `ValueError` if the engine is closed."""
-        with self._lock:
-            self._check_open()
-            if self.server.has_work:
-                self._whole_step()
-
     def step_if_open(self) -> None:
-        """The same, but for the error."""
+        """One step for all requests, if there are any and the engine is not closed."""
         with self._lock:
             if self.server.has_work and not self._is_closed:
                 self._whole_step()
@@ -71,11 +64,13 @@ class ServingLoop:
         try:
             while open_requests:
                 self._add_some(waiting)
-                self.step()
+                self.step_if_open()
                 still_open = [request for request in open_requests if not request.is_finished]
                 for request in open_requests:
                     if request.error is not None:
                         raise request.error
+                if still_open:
+                    self._check_open()
                 yield len(open_requests) - len(still_open)
                 open_requests = still_open
         finally:

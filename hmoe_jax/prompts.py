@@ -55,8 +55,8 @@ def unwrap(prompt: Any) -> str | list[int]:
 def salt_of(prompt: Any) -> str:
     """Raises `ValueError` for a salt that is no text."""
     salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
-    if salt is not None and (not isinstance(salt, str) or not salt):
-        raise ValueError(f"cache_salt must be a text that is not empty, got {salt!r}")
+    if salt is not None and (not isinstance(salt, str) or not salt or not salt.isprintable()):
+        raise ValueError(f"cache_salt must be a printable text that is not empty, got {salt!r}")
     return salt or ""
 
 

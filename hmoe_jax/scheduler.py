@@ -37,7 +37,8 @@ class Scheduler:
       lowest priority) is preempted: it gives up its pages and waits again, where it stood. So the first one always
       finishes, and then the next becomes the first.
     - Full pages of prompts can be found by later prompts until their place is needed. Only what a prefill computed is
-      found: prefill and decoding round differently, and an answer shall not depend on who asked before.
+      found: prefill and decoding round differently, and an answer shall not depend on who asked before (nor does it,
+      where prompts are computed in place).
     - A sequence that was in a step that failed decodes alone until it has a token, so that it harms nobody else.
     """
 
@@ -56,7 +57,8 @@ class Scheduler:
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._waiting: list[Sequence] = []  # both by rank
         self._running: list[Sequence] = []
-        self._deadlines: list[tuple[int, int, Sequence]] = []
+        self._deadlines: list[tuple[int, int]] = []  # with the number of who arrived
+        self._timed: dict[int, Sequence] = {}
         self._num_arrived = 0
         self.num_preemptions = 0
         self.num_prompt_tokens = self.num_cached_tokens = 0
@@ -111,7 +113,8 @@ class Scheduler:
                 sequence.page_keys = page_keys(sequence.prompt_ids, page_size=size, salt=salt)
             self._wait(sequence)
             if sequence.terms.deadline_ns is not None:
-                heapq.heappush(self._deadlines, (sequence.terms.deadline_ns, sequence.arrival, sequence))
+                heapq.heappush(self._deadlines, (sequence.terms.deadline_ns, sequence.arrival))
+                self._timed[sequence.arrival] = sequence
 
     def next_prefill(self) -> Prefill | None:
         """A piece of the prompt that was begun, or of the first that waits if there is room for it."""
@@ -153,17 +156,18 @@ class Scheduler:
 
     def release(self, sequence: Sequence) -> None:
         """Forgets a sequence, waiting or running, that has ended."""
+        self._timed.pop(sequence.arrival, None)
         if sequence in self._waiting:
             self._waiting.remove(sequence)
         elif sequence in self._running:
             self._leave(sequence)
 
     def expired(self, now_ns: int) -> list[Sequence]:
-        """Those whose deadline has passed, once; some may have ended already."""
+        """Those that have not ended and whose deadline has passed, once."""
         late = []
         while self._deadlines and self._deadlines[0][0] <= now_ns:
-            late.append(heapq.heappop(self._deadlines)[-1])
-        return late
+            late.append(self._timed.pop(heapq.heappop(self._deadlines)[1], None))
+        return [sequence for sequence in late if sequence is not None]
 
     def forget_cache(self) -> None:
         """For a cache whose contents are lost: all running sequences wait again, and nothing is found any more."""

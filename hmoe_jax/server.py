@@ -70,7 +70,7 @@ class Server:
         self._inbox: deque[Request] = deque()
         self._num_incoming = 0  # sequences in it
         self._unwanted: deque[Sequence] = deque()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may abort a stream inside any of its owner's lines
         self._prompt: _Prompt | None = None
         self._at_work: tuple[Sequence, ...] = ()
         self._changed: dict[Request, None] = {}
@@ -95,10 +95,10 @@ class Server:
 
     def submit(self, request: Request) -> None:
         """Raises `QueueFullError`; `ValueError` for what can never be served; the error of an engine that is lost."""
-        if self.dead is not None:
-            raise self.dead
         self._scheduler.check_fits(request.sequences)
         with self._lock:
+            if self.dead is not None:
+                raise self.dead
             if not self.has_room(len(request.sequences)):
                 self.meters.num_refused += 1
                 raise QueueFullError(
@@ -128,28 +128,33 @@ class Server:
     def take_changed(self) -> list[Request]:
         """The polled requests that got tokens or ended since the last call."""
         with self._lock:
-            changed, self._changed = list(self._changed), {}
-        return changed
+            changed, self._changed = self._changed, {}
+        return list(changed)
 
     def close(self) -> None:
         """Aborts all requests; none is accepted any more. Twice is fine."""
-        self.dead = self.dead or ValueError("the engine is closed")
+        with self._lock:
+            self.dead = self.dead or ValueError("the engine is closed")
         self.tidy()
         for sequence in list(self._requests):
             self._end(sequence, "abort")
 
     def tidy(self) -> None:
         """Takes in what was submitted, and ends what nobody wants or has time for."""
+        # First: who is submitted and aborted meanwhile is not in the inbox yet.
+        unwanted = [self._unwanted.popleft() for _ in range(len(self._unwanted))]
         while self._inbox:
-            self._take_in(self._inbox.popleft())
-        while self._unwanted:
-            self._end(self._unwanted.popleft(), "abort")
+            self._take_in(self._inbox[0])
+            self._inbox.popleft()
+        for sequence in unwanted:
+            self._end(sequence, "abort")
         for sequence in self._scheduler.expired(int(self._clock() * 1e9)):
             self._end(sequence, "timeout")
 
     def _kill(self, error: Exception) -> None:
         """Ends all requests with one error; none is accepted any more."""
-        self.dead = error
+        with self._lock:
+            self.dead = error
         self.tidy()
         for sequence in list(self._requests):
             sequence.fail(error)
@@ -158,8 +163,13 @@ class Server:
     def _take_in(self, request: Request) -> None:
         self._requests.update(dict.fromkeys(request.sequences, request))
         with self._lock:
-            self._scheduler.add(request.sequences)
             self._num_incoming -= len(request.sequences)
+            try:
+                self._scheduler.add(request.sequences)
+            except Exception as error:
+                for sequence in request.sequences:
+                    sequence.fail(error)
+                    self._retire(sequence)
 
     def _step(self, is_interrupted: Callable[[], bool]) -> None:
         if self._prompt is None:
@@ -174,7 +184,7 @@ class Server:
         else:
             self._turns.idle()
         while self._prompt is not None and (not decoding or self._turns.is_prompts) and not is_interrupted():
-            elapsed_ns = self._timed(self._advance)
+            elapsed_ns = self._timed(lambda: self._advance(waits=bool(decoding)))
             if decoding:
                 self._turns.prefilled(elapsed_ns)
             self.tidy()
@@ -210,13 +220,18 @@ class Server:
         )
         self._prompt = _Prompt(work, self._executor.prefill(batch, scored=scored), end, scored)
 
-    def _advance(self) -> None:
-        """Computes the next part of the prompt; after the last one the prompt has its first token."""
+    def _advance(self, *, waits: bool) -> None:
+        """Computes the next part of the prompt; after the last one the prompt has its first token.
+
+        `waits` until the part is done, and not only started: else decoding would wait for it, and pay for it twice.
+        """
         prompt = self._prompt
         assert prompt is not None
         self._at_work = (prompt.work.sequence,)
         try:
-            next(prompt.quanta)
+            quantum = next(prompt.quanta)
+            if waits:
+                jax.block_until_ready(quantum.done)
         except StopIteration as end:
             self._prompt = None
             self._finish(prompt, end.value)
@@ -305,9 +320,13 @@ class Server:
                 self._changed[request] = None
 
     def _close_prompt(self) -> None:
-        if self._prompt is not None:
-            self._prompt.quanta.close()
-            self._prompt = None
+        prompt, self._prompt = self._prompt, None
+        if prompt is None:
+            return
+        try:
+            prompt.quanta.close()
+        except Exception as error:  # a part that failed after it was started: nobody wants it any more
+            logger.warning("a prompt that was given up had failed: %s", error)
 
     def _recover(self, error: Exception) -> None:
         at_work, self._at_work = self._at_work, ()

@@ -35,7 +35,7 @@ def main() -> None:
     with Engine(MODEL.value, **engine_options(), kv_cache_bytes=_CACHE.value) as engine:
         known = known_requests(engine, _KNOWN.value, seed=_SEED.value)
         traffic = Traffic(engine, known, seed=_SEED.value, outstanding=_OUTSTANDING.value)
-        tally = traffic.run(_SECONDS.value, sample_s=max(0.5, _SECONDS.value / 200))
+        tally = traffic.run(_SECONDS.value, sample_s=max(0.5, _SECONDS.value / 200), max_stall_s=_STALL.value)
         metrics = engine.metrics()
         growth = _growth(tally.samples)
         results: dict[str, Any] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,8 @@ PIECES_LEN, NUM_PARTS = 8, 2
 class FakeExecutor:
     """`on[stage]` is called with the slots at work, before each "admit", "part", "decode", "reset" and "intact"."""
 
-    def __init__(self, *, seconds: Callable[[str], None] = lambda stage: None):
+    def __init__(self, *, seconds: Callable[[str], None] = lambda stage: None, is_late: bool = False):
+        """`seconds` is told of every stage. With `is_late` a part takes its time when it is waited for."""
         self.config = SimpleNamespace(vocab_size=VOCAB_SIZE, num_moe_layers=1, num_experts=4)
         self.layout = CacheLayout(
             num_layers=1, num_pages=NUM_PAGES, page_size=PAGE_SIZE, latent_dim=1, chunk_pages=1, max_len=MAX_LEN
@@ -37,7 +39,7 @@ class FakeExecutor:
         self.num_slots = NUM_SLOTS
         self.on: dict[str, Callable[[list[int]], None]] = {}
         self.num_open_prompts = 0
-        self._seconds = seconds
+        self._seconds, self._is_late = seconds, is_late
         self.reset()
 
     def admit(self, slot: int, row: SamplerState) -> None:
@@ -49,8 +51,9 @@ class FakeExecutor:
         self.num_open_prompts += 1
         try:
             for part in range(NUM_PARTS):
-                self._enter("part", [slot])
-                yield Quantum("part", part, NUM_PARTS, 0.0)
+                done = SimpleNamespace(block_until_ready=partial(self._seconds, "part"))
+                self._enter("started" if self._is_late else "part", [slot])
+                yield Quantum("part", part, NUM_PARTS, 0.0, done if self._is_late else None)
             for offset in range(length):
                 self._write(batch.table, start + offset, int(batch.tokens[offset]))
             token = self._sample(slot, batch.table, start + length, draws=bool(batch.is_last))

@@ -139,7 +139,8 @@ def test_what_is_refused_leaves_nothing_behind(engine: Engine) -> None:
     for arguments, message in [
         (("a", prompt(5)), "request_id 'a' is in use"),
         (("b", []), "the prompt is empty"),
-        (("b", {"prompt_token_ids": prompt(5), "cache_salt": ""}), "cache_salt must be a text that is not empty"),
+        (("b", {"prompt_token_ids": prompt(5), "cache_salt": ""}), "cache_salt must be a printable text"),
+        (("b", {"prompt_token_ids": prompt(5), "cache_salt": "\ud800"}), "cache_salt must be a printable text"),
     ]:
         with pytest.raises(ValueError, match=message):
             engine.add_request(*arguments)
@@ -182,6 +183,36 @@ def test_metrics_count_what_was_served(engine: Engine) -> None:
     assert (after.num_running, after.num_waiting, after.num_free_pages) == (0, 0, after.num_pages)
     assert 1 <= after.tokens_per_step <= NUM_SLOTS
     assert after.ttft.quantile_s(0.5) <= after.e2e.quantile_s(0.5)
+
+
+@pytest.mark.parametrize("priority", [True, float("nan")], ids=repr)
+def test_a_priority_is_an_integer(engine: Engine, priority: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match="priority"):
+        engine.add_request("b", prompt(5), priority=priority)
+
+
+def test_an_empty_id_is_an_id(engine: Engine) -> None:
+    engine.add_request("", prompt(5), greedy(2))
+    assert set(run(engine)) == {""}
+
+
+def test_a_request_that_another_thread_finishes_is_returned_once(engine: Engine) -> None:
+    engine.add_request("a", prompt(5), greedy(2))
+    outputs, take = [], engine._loop.server.take_changed
+
+    def slow() -> list[Any]:
+        changed = take()
+        engine._loop.step_if_open()  # as another thread's `generate` does
+        return changed
+
+    engine._loop.server.take_changed = slow
+    try:
+        while engine.has_unfinished_requests:
+            outputs += engine.step()
+        outputs += engine.step()
+    finally:
+        del engine._loop.server.take_changed
+    assert [output.finished for output in outputs] == [True]
 
 
 def test_closing_with_a_drain_serves_what_was_accepted(served_folder: Any) -> None:

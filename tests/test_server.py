@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +27,14 @@ STAGES = ["admit", "part", "decode"]
 class Case:
     """A server, its fake executor, and a clock that only the test and the executor move."""
 
-    def __init__(self, *, max_waiting: int = 100, slowdown_permille: int = 1000, step_s: float = 0.01):
+    def __init__(
+        self, *, max_waiting: int = 100, slowdown_permille: int = 1000, step_s: float = 0.01, is_late: bool = False
+    ):
         self.now_s = 100.0
-        self.executor = FakeExecutor(seconds=lambda stage: self.pass_time(step_s if stage != "intact" else 0.0))
+        free = ("intact", "started")
+        self.executor = FakeExecutor(
+            seconds=lambda stage: self.pass_time(0.0 if stage in free else step_s), is_late=is_late
+        )
         layout, buckets = self.executor.layout, self.executor.buckets
         self.scheduler = Scheduler(layout, num_slots=NUM_SLOTS, piece_len=buckets.piece_len)
         self.clock = steady(lambda: self.now_s)
@@ -109,8 +115,10 @@ def test_tokens_are_preempted_and_computed_again_without_a_difference() -> None:
     assert sum(request.metrics().num_preemptions for request in requests) == case.scheduler.num_preemptions
 
 
-def test_a_long_prompt_beside_decoding_takes_its_share_of_time_and_no_more() -> None:
-    case = Case(slowdown_permille=500, step_s=0.01)
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_long_prompt_beside_decoding_takes_its_share_of_time_and_no_more(is_late: bool) -> None:
+    """Also where a part is only started, and takes its time on the device."""
+    case = Case(slowdown_permille=500, step_s=0.01, is_late=is_late)
     decoding = case.submit(2, 30)
     case.server.step()
     prompt = case.submit(30, 1)
@@ -250,7 +258,7 @@ def test_many_threads_submit_and_abort_while_one_steps() -> None:
     def client() -> None:
         for i in range(50):
             with made:
-                request = case.submit(1 + i % 9)
+                request = case.submit(1 + i % 9, 30 if i % 3 == 0 else 6)
                 requests.append(request)
             if i % 3 == 0:
                 case.server.abort(request.sequences)
@@ -263,7 +271,7 @@ def test_many_threads_submit_and_abort_while_one_steps() -> None:
     case.run(most_steps=20_000)
     reasons = [request.sequences[0].finish_reason for request in requests]
     assert len(reasons) == 200
-    assert set(reasons) <= {"length", "abort"}
+    assert set(reasons) == {"length", "abort"}
     assert_right(*(request for request in requests if request.sequences[0].finish_reason == "length"))
 
 
@@ -357,6 +365,70 @@ def test_a_file_that_is_cut_off_is_said_as_such() -> None:
         case.submit(3)
 
 
+def test_an_abort_between_two_looks_at_the_inbox_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case()
+    late = case.request(3, 30)
+    submitted = iter([True])
+
+    def expired(now_ns: int) -> list[Sequence]:
+        if next(submitted, False):
+            case.server.submit(late)
+            case.server.abort(late.sequences)
+        return []
+
+    monkeypatch.setattr(case.scheduler, "expired", expired)
+    case.submit(3)
+    case.run()
+    assert late.sequences[0].finish_reason == "abort"
+
+
+def test_a_request_that_cannot_be_queued_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case()
+    good, bad = case.submit(3), case.request(3)
+    add = case.scheduler.add
+
+    def refusing(sequences: Any) -> None:
+        if sequences is bad.sequences:
+            raise TypeError("no rank")
+        add(sequences)
+
+    monkeypatch.setattr(case.scheduler, "add", refusing)
+    case.server.submit(bad)
+    other = case.submit(4)
+    case.run()
+    assert_right(good, other)
+    assert isinstance(bad.error, TypeError)
+
+
+def test_a_prompt_that_fails_while_it_is_given_up_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case()
+    other, doomed = case.submit(2, 30), case.submit(20)
+    prefill = case.executor.prefill
+
+    def failing(batch: Any, *, scored: bool = False) -> Any:
+        try:
+            yield from prefill(batch, scored=scored)
+        finally:
+            if int(batch.slot) == doomed.sequences[0].slot:
+                raise RuntimeError("it had failed long ago")
+
+    case.server.step()
+    monkeypatch.setattr(case.executor, "prefill", failing)
+    case.server.step()
+    case.server.abort(doomed.sequences)
+    case.run()
+    assert doomed.sequences[0].finish_reason == "abort"
+    assert_right(other)
+
+
+def test_the_queue_remembers_no_request_that_has_ended_before_its_deadline() -> None:
+    case = Case()
+    for _ in range(20):
+        case.submit(3, 2, timeout_s=1e6)
+    case.run()
+    assert not case.scheduler._timed
+
+
 def test_closing_aborts_what_is_left() -> None:
     case = Case()
     running, waiting = case.submit(20), case.submit(3)
@@ -391,6 +463,8 @@ class ServerMachine(RuleBasedStateMachine):
     def begin(self, max_waiting: int, slowdown: int) -> None:
         self.case = Case(max_waiting=max_waiting, slowdown_permille=slowdown)
         self.requests: list[Request] = []
+        self.aborted: set[Request] = set()
+        self.num_failures: Counter[Sequence] = Counter()
 
     @rule(
         shared=st.integers(0, 12),
@@ -411,11 +485,22 @@ class ServerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
-        self.case.server.abort(data.draw(st.sampled_from(self.requests)).sequences)
+        doomed = data.draw(st.sampled_from(self.requests))
+        self.aborted.add(doomed)
+        self.case.server.abort(doomed.sequences)
 
     @rule(stage=st.sampled_from(STAGES), after=st.integers(0, 5))
     def fail_later(self, stage: str, after: int) -> None:
-        self.case.executor.on[stage] = fail_once(after=after)
+        fail = fail_once(after=after)
+
+        def blame(slots: list[int]) -> None:
+            try:
+                fail(slots)
+            except RuntimeError:
+                self.num_failures.update(each for each in self.case.scheduler.running if each.slot in slots)
+                raise
+
+        self.case.executor.on[stage] = blame
 
     @rule(seconds=st.floats(-5, 5))
     def jump(self, seconds: float) -> None:
@@ -442,8 +527,9 @@ class ServerMachine(RuleBasedStateMachine):
                 whole = solo_run(one.prompt_ids, seed=one.seed, max_tokens=len(one.token_ids))
                 assert one.token_ids == whole
                 assert (one.finish_reason is None) == (one in self.case.server._requests or not one.arrival >= 0)
-                # A failure that is not repeated is nobody's end, unless another one hits the same sequence.
-                assert one.finish_reason in (None, "length", "abort", "timeout", "error")
+                assert one.finish_reason != "error" or self.num_failures[one] > 1
+                assert one.finish_reason != "abort" or request in self.aborted
+                assert one.finish_reason != "timeout" or one.terms.deadline_ns is not None
 
 
 TestServer = ServerMachine.TestCase

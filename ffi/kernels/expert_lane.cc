@@ -105,9 +105,11 @@ Status ExpertLane::Await(Slot& slot) const {
 }
 
 void ExpertLane::Work() {
-  int32_t taken = 0;
-  while (!stopping_.load(std::memory_order_seq_cst)) {
-    if (submitted_.load(std::memory_order_seq_cst) == taken) {
+  for (int32_t taken = 0;;) {
+    // In this order: whoever sees the count that the end adds sees the end as well.
+    const int32_t submitted = submitted_.load(std::memory_order_seq_cst);
+    if (stopping_.load(std::memory_order_seq_cst)) return;
+    if (submitted == taken) {
       if (!SpinWhile(submitted_, taken)) SleepWhile(submitted_, taken);
       continue;
     }

@@ -36,12 +36,14 @@ StepFunction = Callable[[StepModel, DeviceState, Any], tuple[Any, DeviceState]]
 @dataclass(frozen=True)
 class Quantum:
     """A part of a prefill that has been started on the devices: what, of which layer, of how many layers, and how long
-    it should compute. "copies": nothing could be started, as the next experts have not come yet."""
+    it should compute. "copies": nothing could be started, as the next experts have not come yet. `done` is an array
+    that is ready when it has been computed."""
 
     name: str
     layer: int
     num_layers: int
     predicted_s: float
+    done: Any = None
 
 
 Quanta = Generator[Quantum, None, Any]

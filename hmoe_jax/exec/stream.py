@@ -223,7 +223,7 @@ class StreamExecutor(Executor):
         self._running.append(self.quantum_programs.done)
         if len(self._running) > MAX_RUNNING:
             self._running.popleft().block_until_ready()
-        return Quantum(name, index, self.config.num_layers, predicted_s)
+        return Quantum(name, index, self.config.num_layers, predicted_s, self.quantum_programs.done)
 
     def _ask(self, experts: ExpertStream, waiting: deque[Group]) -> None:
         while waiting and len(experts.ahead) < self.stream.depth - 1:

@@ -35,7 +35,8 @@ class Sample:
 
 @dataclass
 class Tally:
-    """`wrong`: answers that differ from the known ones. `longest_stall_s`: the longest in which nobody got a token."""
+    """`wrong`: answers that differ from the known ones. `longest_stall_s`: the longest in which nobody got a token,
+    though somebody waited."""
 
     ends: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
@@ -73,22 +74,23 @@ class Traffic:
         self._number = 0
         self.tally = Tally()
 
-    def run(self, seconds: float, *, sample_s: float) -> Tally:
-        """So long, and then until nothing is left."""
+    def run(self, seconds: float, *, sample_s: float, max_stall_s: float) -> Tally:
+        """So long, and then until nothing is left, or nobody has got a token for `max_stall_s`."""
         begin = last_token = time.perf_counter()
-        sampled = -sample_s
+        sampled, num_tokens = -sample_s, self.engine.metrics().num_generated_tokens
         while (elapsed := time.perf_counter() - begin) < seconds or self.engine.has_unfinished_requests:
             if elapsed < seconds:
                 self._submit()
             if self._open and self._draw.random() < 0.05:
                 self.engine.abort(self._draw.choice(list(self._open)))
-            outputs = self.engine.step()
-            for output in outputs:
+            for output in self.engine.step():
                 self._check(output)
-            now = time.perf_counter()
-            if outputs:
-                self.tally.longest_stall_s = max(self.tally.longest_stall_s, now - last_token)
-                last_token = now
+            now, generated = time.perf_counter(), self.engine.metrics().num_generated_tokens
+            self.tally.longest_stall_s = max(self.tally.longest_stall_s, now - last_token)
+            if generated > num_tokens or not self._open:
+                last_token, num_tokens = now, generated
+            if now - last_token > max_stall_s:
+                break
             if elapsed - sampled >= sample_s:
                 sampled = elapsed
                 self.tally.samples.append(_sample(elapsed))
