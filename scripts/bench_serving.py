@@ -41,6 +41,7 @@ _SPREAD = flags.DEFINE_float("spread", 0.5, "Random lengths: so far below and ab
 _SYSTEM = flags.DEFINE_integer("system_len", 256, "Tokens that all agents' prompts begin with.", lower_bound=1)
 _AGENTS = flags.DEFINE_integer("num_agents", 4, "Agents that take turns.", lower_bound=1)
 _GOODPUT = flags.DEFINE_string("goodput", "", "Limits in seconds that a good request meets, like ttft:30,tpot:0.05.")
+_MAX_NUM_SEQS = flags.DEFINE_integer("max_num_seqs", 8, "Sequences that decode together at most.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of lengths, tokens and arrivals.", lower_bound=0)
 _CACHING = flags.DEFINE_bool("enable_prefix_caching", True, "Whether prompts find what earlier ones left in the cache.")
 _OUT = flags.DEFINE_string("out", "out/serving", "Folder for the results; made if it is missing.")
@@ -48,7 +49,8 @@ _OUT = flags.DEFINE_string("out", "out/serving", "Folder for the results; made i
 
 def main() -> None:
     out, limits = make_folder(Path(_OUT.value)), report.parse_goodput(_GOODPUT.value)
-    engine = Engine(MODEL.value, **engine_options(), enable_prefix_caching=_CACHING.value)
+    wishes = engine_options() | {"max_num_seqs": _MAX_NUM_SEQS.value, "enable_prefix_caching": _CACHING.value}
+    engine = Engine(MODEL.value, **wishes)
     runs = asyncio.run(_run_all(engine, _asks(engine), limits))
     results = {"model": Path(MODEL.value).name, "cpu": cpu_name(), "dataset": _DATASET.value, "runs": runs}
     write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")

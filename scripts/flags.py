@@ -30,7 +30,6 @@ _NUM_THREADS = flags.DEFINE_string("num_threads", "auto", "Threads of the native
 _ISA = flags.DEFINE_string(
     "isa", "auto", "Instruction set of the native kernels: amx, avx512_bf16, avx512, avx2, scalar."
 )
-_MAX_NUM_SEQS = flags.DEFINE_integer("max_num_seqs", 8, "Sequences that decode together at most.", lower_bound=1)
 _MAX_MODEL_LEN = flags.DEFINE_integer("max_model_len", None, "Longest sequence, prompt included; default the model's.")
 
 
@@ -49,6 +48,5 @@ def engine_options() -> dict[str, Any]:
         "prefill_devices": _PREFILL_DEVICES.value,
         "num_threads": threads if threads == "auto" else int(threads),
         "isa": _ISA.value,
-        "max_num_seqs": _MAX_NUM_SEQS.value,
         "max_model_len": _MAX_MODEL_LEN.value,
     }

@@ -24,6 +24,7 @@ _SECONDS = flags.DEFINE_float("seconds", 1800.0, "How long new requests come.", 
 _KNOWN = flags.DEFINE_integer("known", 40, "Different requests.", lower_bound=1)
 _OUTSTANDING = flags.DEFINE_integer("outstanding", 24, "Requests that wait or run at a time.", lower_bound=1)
 _CACHE = flags.DEFINE_integer("kv_cache_bytes", None, "Of the cache: little, to see preemptions.", lower_bound=1)
+_MAX_NUM_SEQS = flags.DEFINE_integer("max_num_seqs", 8, "Sequences that decode together at most.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of everything random.", lower_bound=0)
 _GROWTH = flags.DEFINE_float("max_growth", 0.02, "Resident memory may grow by so much after the first quarter.")
 _STALL = flags.DEFINE_float("max_stall_s", 30.0, "Nobody gets a token for so long at most.", lower_bound=0.0)
@@ -32,7 +33,8 @@ _OUT = flags.DEFINE_string("out", "out/soak", "Folder for the results; made if i
 
 def main() -> None:
     out = make_folder(Path(_OUT.value))
-    with Engine(MODEL.value, **engine_options(), kv_cache_bytes=_CACHE.value) as engine:
+    wishes = engine_options() | {"max_num_seqs": _MAX_NUM_SEQS.value, "kv_cache_bytes": _CACHE.value}
+    with Engine(MODEL.value, **wishes) as engine:
         known = known_requests(engine, _KNOWN.value, seed=_SEED.value)
         traffic = Traffic(engine, known, seed=_SEED.value, outstanding=_OUTSTANDING.value)
         tally = traffic.run(_SECONDS.value, sample_s=max(0.5, _SECONDS.value / 200), max_stall_s=_STALL.value)

@@ -115,7 +115,7 @@ def test_stop_strings_need_a_tokenizer(ids_engine: Engine) -> None:
         ({"max_model_len": 641}, "max_model_len 641 exceeds the model's 640 positions"),
         ({"kv_cache_bytes": 1000}, "needs 112,640 bytes of cache, but kv_cache_bytes is 1,000: lower max_model_len"),
         ({"dtype": "float16"}, "dtype must be one of auto, bfloat16, float32, got 'float16'"),
-        ({"executor": "magic"}, "executor must be one of auto, graph, fused, got 'magic'"),
+        ({"executor": "magic"}, "executor must be one of auto, graph, fused, overlap, got 'magic'"),
         ({"executor": "fused"}, "dtype 'float32' needs executor 'graph'"),
         ({"device": "tpu"}, "device must be one of auto, cpu, gpu, got 'tpu'"),
         ({"isa": "mmx"}, "isa must be auto or one of .*scalar.*, got 'mmx'"),

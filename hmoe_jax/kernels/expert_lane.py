@@ -33,7 +33,7 @@ def experts_submit(
     computed in the order in which they are submitted, each in a `slot`, which it has until the next one is submitted
     there. Calls of a program happen in the order that their data demands: this one after `after`.
     """
-    call = jax.ffi.ffi_call("hmoe_experts_submit", jax.ShapeDtypeStruct((), jnp.int32), has_side_effect=True)
+    call = jax.ffi.ffi_call("hmoe_experts_submit", jax.ShapeDtypeStruct((), jnp.int32))
     numbers = {"lane": np.int64(lane), "slot": np.int64(slot)}
     return call(hidden, ids, weights, jnp.asarray(layer, jnp.int32), after, **numbers)
 
@@ -46,5 +46,5 @@ def experts_wait(
     A job that failed, or that is not done within the lane's patience, fails the XLA call with a sentence that says so;
     on a GPU, whose stream waits, it fails the lane's next call or `ExpertLane.check`.
     """
-    call = jax.ffi.ffi_call("hmoe_experts_wait", jax.ShapeDtypeStruct(shape, jnp.float32), has_side_effect=True)
+    call = jax.ffi.ffi_call("hmoe_experts_wait", jax.ShapeDtypeStruct(shape, jnp.float32))
     return call(ticket, after, lane=np.int64(lane), slot=np.int64(slot))
