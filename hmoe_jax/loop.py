@@ -69,7 +69,7 @@ class ServingLoop:
                 for request in open_requests:
                     if request.error is not None:
                         raise request.error
-                if still_open:
+                if still_open or any(request.is_aborted for request in open_requests):
                     self._check_open()
                 yield len(open_requests) - len(still_open)
                 open_requests = still_open

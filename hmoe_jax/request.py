@@ -226,6 +226,10 @@ class Request:
         return all(sequence.is_finished for sequence in self.sequences)
 
     @property
+    def is_aborted(self) -> bool:
+        return any(sequence.finish_reason == "abort" for sequence in self.sequences)
+
+    @property
     def error(self) -> Exception | None:
         """Of the first sequence that failed."""
         return next((sequence.error for sequence in self.sequences if sequence.error is not None), None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -183,6 +185,18 @@ def test_metrics_count_what_was_served(engine: Engine) -> None:
     assert (after.num_running, after.num_waiting, after.num_free_pages) == (0, 0, after.num_pages)
     assert 1 <= after.tokens_per_step <= NUM_SLOTS
     assert after.ttft.quantile_s(0.5) <= after.e2e.quantile_s(0.5)
+
+
+def test_a_generate_in_another_thread_is_served_while_the_engine_drains(served_folder: Any) -> None:
+    options = {"max_model_len": 40, "warm_up": False, "compilation_cache": None, "use_tqdm": False}
+    engine = Engine(served_folder, **options)
+    engine.generate([prompt(3)], greedy(2), use_tqdm=False)  # compiles
+    with ThreadPoolExecutor(1) as threads:
+        generated = threads.submit(engine.generate, [prompt(3)], greedy(30), use_tqdm=False)
+        while not engine.metrics().num_running:
+            time.sleep(0.001)
+        engine.close(drains=True)
+        assert len(tokens(generated.result())[0]) == 30
 
 
 @pytest.mark.parametrize("priority", [True, float("nan")], ids=repr)
