@@ -53,7 +53,7 @@ def main() -> None:
     engine = Engine(MODEL.value, **wishes)
     runs = asyncio.run(_run_all(engine, _asks(engine), limits))
     results = {"model": Path(MODEL.value).name, "cpu": cpu_name(), "dataset": _DATASET.value, "runs": runs}
-    write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
+    write_atomically(out / "results.json", json.dumps(results) + "\n")
     print(f"\nwritten to {out}: results.json")
     print_json(
         {**results, "runs": [{name: value for name, value in run.items() if name != "requests"} for run in runs]}
@@ -63,10 +63,12 @@ def main() -> None:
 async def _run_all(engine: Engine, asks: list[Ask], limits: dict[str, float]) -> list[dict[str, Any]]:
     runs = []
     async with AsyncEngine(engine) as served:
-        for rate in _RATE.value:
+        for number, rate in enumerate(_RATE.value):
             before = served.metrics()
             arriving = arrive(asks, rate=rate, burstiness=_BURSTINESS.value, seed=_SEED.value)
-            results, seconds = await drive(arriving, _sender(served), max_concurrency=_CONCURRENCY.value)
+            results, seconds = await drive(
+                arriving, _sender(served, f"run {number}"), max_concurrency=_CONCURRENCY.value
+            )
             summary, counted = report.summarize(results, seconds, limits), _counted(before, served.metrics())
             print(f"\n{_DATASET.value}, {rate:g} requests/s, concurrency {_CONCURRENCY.value or 'unlimited'}")
             print(report.table(summary))
@@ -76,10 +78,12 @@ async def _run_all(engine: Engine, asks: list[Ask], limits: dict[str, float]) ->
     return runs
 
 
-def _sender(engine: AsyncEngine) -> Any:
+def _sender(engine: AsyncEngine, salt: str) -> Any:
+    """Runs find nothing of each other's in the prefix cache."""
+
     async def send(ask: Ask) -> AsyncIterator[int]:
         params = SamplingParams(max_tokens=ask.max_tokens, ignore_eos=True, temperature=0.0)
-        async for output in engine.generate(list(ask.prompt_ids), params):
+        async for output in engine.generate({"prompt_token_ids": list(ask.prompt_ids), "cache_salt": salt}, params):
             if count := len(output.outputs[0].token_ids):
                 yield count
 
