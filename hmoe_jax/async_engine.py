@@ -100,7 +100,7 @@ class AsyncEngine:
         except Exception as error:  # ours, not a request's: nobody shall wait for a thread that is gone
             self._error = error
             for stream in list(self._streams.values()):
-                stream.fail(error)
+                stream.put(error)
 
     def _deliver(self) -> bool:
         """One step, and its outputs to those who read them. False if there will be no other."""
@@ -118,12 +118,14 @@ class _Stream:
         self._loop, self._has_come = loop, asyncio.Event()
         self._latest: RequestOutput | Exception | None = None
 
-    def put(self, output: RequestOutput) -> bool:
+    def put(self, latest: RequestOutput | Exception) -> bool:
         """From any thread. False if nobody can read it any more."""
-        return self._put(output)
-
-    def fail(self, error: Exception) -> None:
-        self._put(error)
+        self._latest = latest
+        try:
+            self._loop.call_soon_threadsafe(self._has_come.set)
+        except RuntimeError:  # the loop is closed
+            return False
+        return True
 
     async def next(self) -> RequestOutput:
         while self._latest is None:
@@ -134,11 +136,3 @@ class _Stream:
         if isinstance(latest, Exception):
             raise latest
         return latest
-
-    def _put(self, latest: RequestOutput | Exception) -> bool:
-        self._latest = latest
-        try:
-            self._loop.call_soon_threadsafe(self._has_come.set)
-        except RuntimeError:  # the loop is closed
-            return False
-        return True
