@@ -3,97 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hmoe_jax.clock import steady
 from hmoe_jax.core import CheckpointError, EngineDeadError, QueueFullError
-from hmoe_jax.request import Request, Sequence, StopRules, Terms
-from hmoe_jax.sampling_params import SamplingParams
-from hmoe_jax.scheduler import Scheduler
-from hmoe_jax.server import Server
-from hmoe_jax.turns import Turns
-from tests.fake_executor import MAX_LEN, NUM_SLOTS, FakeExecutor, solo_run
-
-STAGES = ["admit", "part", "decode"]
-
-
-class Case:
-    """A server, its fake executor, and a clock that only the test and the executor move."""
-
-    def __init__(
-        self, *, max_waiting: int = 100, slowdown_permille: int = 1000, step_s: float = 0.01, is_late: bool = False
-    ):
-        self.now_s = 100.0
-        free = ("intact", "started")
-        self.executor = FakeExecutor(
-            seconds=lambda stage: self.pass_time(0.0 if stage in free else step_s), is_late=is_late
-        )
-        layout, buckets = self.executor.layout, self.executor.buckets
-        self.scheduler = Scheduler(layout, num_slots=NUM_SLOTS, piece_len=buckets.piece_len)
-        self.clock = steady(lambda: self.now_s)
-        turns = Turns(slowdown_permille)
-        self.server = Server(self.executor, self.scheduler, turns, max_waiting=max_waiting, clock=self.clock)
-        self.num_requests = 0
-
-    def pass_time(self, seconds: float) -> None:
-        self.now_s += seconds
-
-    def request(
-        self, prompt: int | list[int], max_tokens: int = 6, *, n: int = 1, timeout_s: float | None = None, **params: Any
-    ) -> Request:
-        """Not submitted yet. With so many tokens of its own, or with those given."""
-        self.num_requests += 1
-        ids = [(7 * self.num_requests + i) % 50 for i in range(prompt)] if isinstance(prompt, int) else prompt
-        deadline_ns = None if timeout_s is None else int((self.clock() + timeout_s) * 1e9)
-        rules = StopRules(eos_ids=(), stop_ids=(), max_len=MAX_LEN)
-        wishes = SamplingParams(max_tokens=max_tokens, n=n, **params)
-        terms = Terms(deadline_ns=deadline_ns)
-        sequences = [
-            Sequence(ids, wishes, index=i, seed=1000 * self.num_requests + i, rules=rules, tokenizer=None, terms=terms)
-            for i in range(n)
-        ]
-        return Request(str(self.num_requests), None, sequences, self.clock)
-
-    def submit(self, *args: Any, **kwargs: Any) -> Request:
-        request = self.request(*args, **kwargs)
-        self.server.submit(request)
-        return request
-
-    def run(self, *, most_steps: int = 2000) -> None:
-        while self.server.has_work and most_steps:
-            self.server.step()
-            most_steps -= 1
-        assert not self.server.has_work, "somebody starves"
-        assert self.executor.num_open_prompts == 0
-        self.scheduler.check()
-
-
-def assert_right(*requests: Request) -> None:
-    """Finished by itself, with the tokens that it gets alone."""
-    for request in requests:
-        for one in request.sequences:
-            assert one.finish_reason == "length"
-            assert one.token_ids == solo_run(
-                one.prompt_ids, seed=one.seed, max_tokens=one.max_len - len(one.prompt_ids)
-            )
-
-
-def fail_once(message: str = "out of luck", *, after: int = 0) -> Callable[[list[int]], None]:
-    calls = iter(range(10**6))
-
-    def stage(slots: list[int]) -> None:
-        if next(calls) == after:
-            raise RuntimeError(message)
-
-    return stage
-
+from hmoe_jax.request import Request, Sequence
+from tests.fake_executor import NUM_SLOTS, solo_run
+from tests.server_case import STAGES, Case, assert_right, fail_once
 
 # --- what goes well ---
 
@@ -454,83 +371,3 @@ def test_polled_requests_are_told_once_for_every_change() -> None:
         seen += [len(each.sequences[0].token_ids) for each in case.server.take_changed()]
     assert seen == [1, 2]
     assert_right(request, other)
-
-
-class ServerMachine(RuleBasedStateMachine):
-    """Traffic with aborts, deadlines, clock jumps and failures, all at random moments. The model: solo runs."""
-
-    @initialize(max_waiting=st.integers(1, 12), slowdown=st.sampled_from([1, 150, 1000]))
-    def begin(self, max_waiting: int, slowdown: int) -> None:
-        self.case = Case(max_waiting=max_waiting, slowdown_permille=slowdown)
-        self.requests: list[Request] = []
-        self.aborted: set[Request] = set()
-        self.num_failures: Counter[Sequence] = Counter()
-
-    @rule(
-        shared=st.integers(0, 12),
-        own=st.integers(1, 12),
-        max_tokens=st.integers(1, 16),
-        n=st.sampled_from([1, 1, 1, 2, 3]),
-        timeout_s=st.none() | st.floats(0, 1),
-    )
-    def submit(self, shared: int, own: int, max_tokens: int, n: int, timeout_s: float | None) -> None:
-        ids = [*range(shared), *[own] * own]
-        request = self.case.request(ids, max_tokens, n=n, timeout_s=timeout_s)
-        try:
-            self.case.server.submit(request)
-        except QueueFullError:
-            return
-        self.requests.append(request)
-
-    @precondition(lambda self: self.requests)
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
-        doomed = data.draw(st.sampled_from(self.requests))
-        self.aborted.add(doomed)
-        self.case.server.abort(doomed.sequences)
-
-    @rule(stage=st.sampled_from(STAGES), after=st.integers(0, 5))
-    def fail_later(self, stage: str, after: int) -> None:
-        fail = fail_once(after=after)
-
-        def blame(slots: list[int]) -> None:
-            try:
-                fail(slots)
-            except RuntimeError:
-                self.num_failures.update(each for each in self.case.scheduler.running if each.slot in slots)
-                raise
-
-        self.case.executor.on[stage] = blame
-
-    @rule(seconds=st.floats(-5, 5))
-    def jump(self, seconds: float) -> None:
-        self.case.pass_time(seconds)
-
-    @rule(interrupts=st.lists(st.booleans(), max_size=3))
-    def step(self, interrupts: list[bool]) -> None:
-        answers = iter(interrupts)
-        self.case.server.step(lambda: next(answers, False))
-
-    @rule()
-    def run_until_nothing_is_left(self) -> None:
-        self.case.run(most_steps=20_000)
-        for request in self.requests:
-            assert request.is_finished
-
-    @invariant()
-    def every_token_is_right_and_every_page_is_somewhere(self) -> None:
-        if not hasattr(self, "case"):
-            return
-        self.case.scheduler.check()
-        for request in self.requests:
-            for one in request.sequences:
-                whole = solo_run(one.prompt_ids, seed=one.seed, max_tokens=len(one.token_ids))
-                assert one.token_ids == whole
-                assert (one.finish_reason is None) == (one in self.case.server._requests or not one.arrival >= 0)
-                assert one.finish_reason != "error" or self.num_failures[one] > 1
-                assert one.finish_reason != "abort" or request in self.aborted
-                assert one.finish_reason != "timeout" or one.terms.deadline_ns is not None
-
-
-TestServer = ServerMachine.TestCase
-TestServer.settings = settings(max_examples=100, stateful_step_count=30)
