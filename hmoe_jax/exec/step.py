@@ -95,9 +95,7 @@ def prefill_logits(
 
 def decode(model: StepModel, state: DeviceState, batch: DecodeBatch) -> tuple[StepOutput, DeviceState]:
     """One token further for every sequence of the batch."""
-    logits, caches, routes = _decode_logits(model, state, batch)
-    sampled, sampler = sample(state.sampler, batch.slots, logits, batch.draws)
-    return StepOutput(sampled, routes), DeviceState(caches, sampler)
+    return _draw(state, batch, _decode_logits(model, state, batch))
 
 
 def decode_logits(
@@ -110,17 +108,13 @@ def decode_logits(
 
 def decode_in_one(model: StepModel, state: DeviceState, batch: DecodeBatch) -> tuple[StepOutput, DeviceState]:
     """As `decode`, with the routed experts beside the program, which computes the shared experts meanwhile."""
-    logits, caches, routes = _decode_beside(model, state, batch, num_parts=1)
-    sampled, sampler = sample(state.sampler, batch.slots, logits, batch.draws)
-    return StepOutput(sampled, routes), DeviceState(caches, sampler)
+    return _draw(state, batch, _decode_beside(model, state, batch, num_parts=1))
 
 
 def decode_in_two(model: StepModel, state: DeviceState, batch: DecodeBatch) -> tuple[StepOutput, DeviceState]:
     """As `decode`, the batch's halves in turn: while one half's routed experts are computed beside the program, it
     computes everything else of the other half."""
-    logits, caches, routes = _decode_beside(model, state, batch, num_parts=2)
-    sampled, sampler = sample(state.sampler, batch.slots, logits, batch.draws)
-    return StepOutput(sampled, routes), DeviceState(caches, sampler)
+    return _draw(state, batch, _decode_beside(model, state, batch, num_parts=2))
 
 
 def decode_logits_beside(
@@ -200,6 +194,13 @@ def _decode_beside(model: StepModel, state: DeviceState, batch: DecodeBatch, *, 
         model.config, model.weights, [_decode_tokens(model, part) for part in parts], state.caches, model.beside
     )
     return deepseek_v3.logits(model.weights, hidden), caches, routes
+
+
+def _draw(state: DeviceState, batch: DecodeBatch, computed: Forward) -> tuple[StepOutput, DeviceState]:
+    """The next token of every row, from its logits."""
+    logits, caches, routes = computed
+    sampled, sampler = sample(state.sampler, batch.slots, logits, batch.draws)
+    return StepOutput(sampled, routes), DeviceState(caches, sampler)
 
 
 def _decode_tokens(model: StepModel, batch: DecodeBatch) -> tuple[Tokens, Attend[Array]]:
