@@ -149,6 +149,7 @@ void BindExpertLane(nb::module_& m) {
       .def("submit", &PyExpertLane::Submit, "slot"_a, "layer"_a, "hidden"_a.noconvert(), "ids"_a.noconvert(),
            "weights"_a.noconvert())
       .def("wait", &PyExpertLane::Wait, "slot"_a, "ticket"_a, "out"_a.noconvert())
+      .def("is_done", &PyExpertLane::IsDone, "slot"_a, "ticket"_a)
       .def("check", &PyExpertLane::CheckFailure)
       .def("take_busy_s", &PyExpertLane::TakeBusySeconds)
       .def("close", &PyExpertLane::Close)

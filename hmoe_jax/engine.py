@@ -201,6 +201,7 @@ class Engine:
             num_cached_tokens=scheduler.num_cached_tokens,
             expert_bytes=stats.expert_bytes if stats else 0,
             expert_gbps=stats.gbps if stats else 0.0,
+            copied_bytes=self._executor.copied_bytes,
             **meters.snapshot(),
         )
 

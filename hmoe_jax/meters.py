@@ -74,7 +74,8 @@ class EngineMetrics:
     first token; `tpot`: mean time of a request's later tokens; `itl`: from each token to the next; `e2e`: from arrival
     to the last token; `queue`: from arrival until the prompt was begun. `routing_counts[l, e]`: how many tokens MoE
     layer l sent to expert e. `expert_bytes` were read by the CPU's kernels, at `expert_gbps` while they computed; 0
-    where XLA computes the experts. `decode_s` is the time of `num_decode_steps` steps.
+    where XLA computes the experts. `copied_bytes` of experts were sent to devices, for prompts. `decode_s` is the time
+    of `num_decode_steps` steps.
     """
 
     num_running: int
@@ -101,6 +102,7 @@ class EngineMetrics:
     routing_counts: Int64[np.ndarray, "layers experts"] = field(repr=False)
     expert_bytes: int = 0
     expert_gbps: float = 0.0
+    copied_bytes: int = 0
 
     @property
     def prefix_hit_rate(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,8 @@ from hmoe_jax.clock import Clock
 from hmoe_jax.core import EngineDeadError, HmoeError, QueueFullError
 from hmoe_jax.exec.batch import DecodeBatch, DecodeRow, PrefillBatch, decode_batch, prefill_batch
 from hmoe_jax.exec.buckets import Buckets
-from hmoe_jax.exec.programs import Quanta
+from hmoe_jax.exec.host_loop import Meanwhile
+from hmoe_jax.exec.quantum import NOWHERE, Quanta, Room
 from hmoe_jax.exec.step import StepOutput
 from hmoe_jax.kv.pages import CacheLayout
 from hmoe_jax.meters import Meters
@@ -37,9 +39,12 @@ class ServedExecutor(Protocol):
     buckets: Buckets
     num_slots: int
 
+    @property
+    def has_gaps(self) -> bool: ...
+
     def admit(self, slot: int, row: SamplerState) -> None: ...
     def prefill(self, batch: PrefillBatch, *, scored: bool = False) -> Quanta: ...
-    def step(self, batch: DecodeBatch) -> StepOutput: ...
+    def step(self, batch: DecodeBatch, *, meanwhile: Meanwhile | None = None) -> StepOutput: ...
     def reset(self) -> None: ...
     def check_intact(self) -> None: ...
 
@@ -52,6 +57,10 @@ class _Prompt:
     quanta: Quanta
     end: int
     is_scored: bool
+    fits_gaps: bool
+    """Whether its parts can be computed while decode steps leave the device."""
+    is_elsewhere: bool
+    """Whether it goes on by itself, on devices of its own."""
 
 
 class Server:
@@ -109,7 +118,7 @@ class Server:
         self.meters.num_requests += 1
 
     def abort(self, sequences: Iterable[Sequence]) -> None:
-        """Ends them before the next part of a step is computed; those that have ended already stay as they are."""
+        """Ends them before the next step, or the next part of a prompt outside one; ended ones stay as they are."""
         self._unwanted.extend(sequences)
 
     def step(self, is_interrupted: Callable[[], bool] = lambda: False) -> None:
@@ -180,29 +189,65 @@ class Server:
         if self._prompt is not None and not self._prompt.work.sequence.is_admitted:
             self._close_prompt()  # preempted
         if decoding:
-            self._turns.decoded(self._timed(lambda: self._decode(decoding)))
+            self._decode(decoding)
+            self._take_turn(is_interrupted)
         else:
             self._turns.idle()
-        while self._prompt is not None and (not decoding or self._turns.is_prompts) and not is_interrupted():
-            elapsed_ns = self._timed(lambda: self._advance(waits=bool(decoding)))
-            if decoding:
-                self._turns.prefilled(elapsed_ns)
-            self.tidy()
+            while self._prompt is not None and not is_interrupted():
+                self._advance(None)
+                self.tidy()
 
-    def _timed(self, act: Callable[[], None]) -> int:
+    def _take_turn(self, is_interrupted: Callable[[], bool]) -> None:
+        """Parts of the prompt, as many as the others' token latency allows."""
+        while self._prompt is not None and self._turns.is_prompts and not is_interrupted():
+            begin = self._clock()
+            has_begun = self._advance(self._room_of_turn(self._prompt))
+            self._turns.prefilled(self._since_ns(begin))
+            self.tidy()
+            if not has_begun:  # and decoding does not wait for it
+                return
+
+    def _room_of_turn(self, prompt: _Prompt) -> Room:
+        """Where decode steps have gaps, no more than the step may be late; but a prompt that fits no gap goes on."""
+        if not prompt.fits_gaps:
+            return Room()
+        return Room(self._turns.allowance_ns / 1e9, late_s=math.inf if self._turns.is_unfilled else 0.0)
+
+    def _let_prompt_go_on(self, size: int) -> Meanwhile | None:
+        """Beside a decode step of this size, if the others' token latency allows: what the step calls in its gaps."""
+        prompt = self._prompt
+        is_beside = prompt is not None and (prompt.fits_gaps or prompt.is_elsewhere)
+        may_go_on = self._turns.begin_step(size, offers_gaps=is_beside)
+        if prompt is not None and prompt.is_elsewhere:
+            begin = self._clock()
+            self._advance(Room() if may_go_on else NOWHERE)
+            self._turns.prefilled(self._since_ns(begin))
+            return None
+        return self._fill if may_go_on else None
+
+    def _fill(self, seconds: float) -> bool:
+        """A part of the prompt in a gap of a decode step. False if none is so short, or may be late."""
+        if self._prompt is None:
+            return False
         begin = self._clock()
-        act()
+        has_begun = self._advance(Room(seconds, late_s=self._turns.allowance_ns / 1e9))
+        if has_begun:
+            self._turns.filled(max(self._since_ns(begin) - max(int(seconds * 1e9), 0), 0))
+        return has_begun
+
+    def _since_ns(self, begin: float) -> int:
         return int((self._clock() - begin) * 1e9)
 
     def _begin(self, work: Prefill) -> None:
         sequence = work.sequence
+        self._at_work = (sequence,)
         if work.is_first:
             self._requests[sequence].mark_started()
             with self._blaming(sequence):
                 row = self._sampler_row(sequence)
             if sequence.is_finished:
+                self._at_work = ()
                 return
-            self._at_work = (sequence,)
             self._executor.admit(sequence.slot, row)
         scored = sequence.params.prompt_logprobs is not None
         buckets = self._executor.buckets
@@ -218,24 +263,26 @@ class Server:
             slot=sequence.slot,
             pages=sequence.pages,
         )
-        self._prompt = _Prompt(work, self._executor.prefill(batch, scored=scored), end, scored)
+        quanta = self._executor.prefill(batch, scored=scored)
+        first = next(quanta)
+        fits_gaps = self._executor.has_gaps and first.predicted_s < math.inf and not first.is_elsewhere
+        self._prompt = _Prompt(work, quanta, end, scored, fits_gaps, first.is_elsewhere)
+        self._at_work = ()
 
-    def _advance(self, *, waits: bool) -> None:
-        """Computes the next part of the prompt; after the last one the prompt has its first token.
-
-        `waits` until the part is done, and not only started: else decoding would wait for it, and pay for it twice.
-        """
+    def _advance(self, room: Room | None) -> bool:
+        """Computes the next part of the prompt; after the last one the prompt has its first token. False if there was
+        nothing to compute yet, or no `room` for it."""
         prompt = self._prompt
         assert prompt is not None
-        self._at_work = (prompt.work.sequence,)
+        others, self._at_work = self._at_work, (prompt.work.sequence,)
+        has_begun = True
         try:
-            quantum = next(prompt.quanta)
-            if waits:
-                jax.block_until_ready(quantum.done)
+            has_begun = prompt.quanta.send(room).has_begun
         except StopIteration as end:
             self._prompt = None
             self._finish(prompt, end.value)
-        self._at_work = ()
+        self._at_work = others
+        return has_begun
 
     def _finish(self, prompt: _Prompt, output: Any) -> None:
         sequence, start, end = prompt.work.sequence, prompt.work.start, prompt.end
@@ -261,9 +308,12 @@ class Server:
         ]
         size = self._executor.buckets.for_decode(len(rows))
         batch = decode_batch(rows, self._executor.layout, size=size, num_slots=self._executor.num_slots)
+        meanwhile = self._let_prompt_go_on(size)
         begin = self._clock()
-        sampled, routes = self._fetch(self._executor.step(batch))
-        self.meters.decoded(self._clock() - begin, routes)
+        sampled, routes = self._fetch(self._executor.step(batch, meanwhile=meanwhile))
+        elapsed_ns = self._since_ns(begin)
+        self._turns.decoded(elapsed_ns)
+        self.meters.decoded(elapsed_ns / 1e9, routes)
         for row, (sequence, draws_next) in enumerate(zip(sequences, draws, strict=True)):
             with self._blaming(sequence):
                 if sequence.params.return_routed_experts:

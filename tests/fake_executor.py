@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,20 +16,30 @@ import numpy as np
 from hmoe_jax.core import unchecked
 from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch
 from hmoe_jax.exec.buckets import Buckets
-from hmoe_jax.exec.programs import Quanta, Quantum
+from hmoe_jax.exec.host_loop import Meanwhile
+from hmoe_jax.exec.quantum import Quanta, Quantum
 from hmoe_jax.exec.step import StepOutput
 from hmoe_jax.kv.pages import CacheLayout
 from hmoe_jax.sampling import Sampled, SamplerState
 
 VOCAB_SIZE, NUM_SLOTS, NUM_PAGES, PAGE_SIZE, MAX_LEN = 50, 4, 17, 4, 40
 PIECES_LEN, NUM_PARTS = 8, 2
+PART_S = 0.01
+"""What a part of a prompt should take."""
 
 
 class FakeExecutor:
     """`on[stage]` is called with the slots at work, before each "admit", "part", "decode", "reset" and "intact"."""
 
-    def __init__(self, *, seconds: Callable[[str], None] = lambda stage: None, is_late: bool = False):
-        """`seconds` is told of every stage. With `is_late` a part takes its time when it is waited for."""
+    def __init__(
+        self,
+        *,
+        seconds: Callable[[str], None] = lambda stage: None,
+        idles: Callable[[float], None] = lambda seconds: None,
+        gap_s: float | None = None,
+    ):
+        """`seconds` is told of every stage. With `gap_s` a decode step leaves the device for so long, before anything
+        else; `idles` is told what nobody has filled."""
         self.config = SimpleNamespace(vocab_size=VOCAB_SIZE, num_moe_layers=1, num_experts=4)
         self.layout = CacheLayout(
             num_layers=1, num_pages=NUM_PAGES, page_size=PAGE_SIZE, latent_dim=1, chunk_pages=1, max_len=MAX_LEN
@@ -39,7 +48,9 @@ class FakeExecutor:
         self.num_slots = NUM_SLOTS
         self.on: dict[str, Callable[[list[int]], None]] = {}
         self.num_open_prompts = 0
-        self._seconds, self._is_late = seconds, is_late
+        self._filled_s = 0.0
+        self._seconds, self._idles = seconds, idles
+        self._gap_s, self.has_gaps = gap_s or 0.0, gap_s is not None
         self.reset()
 
     def admit(self, slot: int, row: SamplerState) -> None:
@@ -48,12 +59,15 @@ class FakeExecutor:
 
     def prefill(self, batch: PrefillBatch, *, scored: bool = False) -> Quanta:
         slot, start, length = int(batch.slot), int(batch.start), int(batch.length)
+        room = yield Quantum("begin", 0, NUM_PARTS, 0.0, has_begun=False)
         self.num_open_prompts += 1
         try:
             for part in range(NUM_PARTS):
-                done = SimpleNamespace(block_until_ready=partial(self._seconds, "part"))
-                self._enter("started" if self._is_late else "part", [slot])
-                yield Quantum("part", part, NUM_PARTS, 0.0, done if self._is_late else None)
+                while room is not None and room.choose([(PART_S, None)]) is None:
+                    room = yield Quantum("room", part, NUM_PARTS, 0.0, has_begun=False)
+                self._enter("part", [slot])
+                self._filled_s += PART_S
+                room = yield Quantum("part", part, NUM_PARTS, PART_S)
             for offset in range(length):
                 self._write(batch.table, start + offset, int(batch.tokens[offset]))
             token = self._sample(slot, batch.table, start + length, draws=bool(batch.is_last))
@@ -62,7 +76,11 @@ class FakeExecutor:
         finally:
             self.num_open_prompts -= 1
 
-    def step(self, batch: DecodeBatch) -> StepOutput:
+    def step(self, batch: DecodeBatch, *, meanwhile: Meanwhile | None = None) -> StepOutput:
+        left_s, self._filled_s = self._gap_s, 0.0
+        while meanwhile is not None and left_s > 0 and meanwhile(left_s):
+            left_s = self._gap_s - self._filled_s
+        self._idles(max(left_s, 0.0))
         rows = np.flatnonzero(batch.valid)
         self._enter("decode", [int(slot) for slot in batch.slots[rows]])
         tokens = [0] * len(batch.tokens)

@@ -20,12 +20,13 @@ class Case:
     """A server, its fake executor, and a clock that only the test and the executor move."""
 
     def __init__(
-        self, *, max_waiting: int = 100, slowdown_permille: int = 1000, step_s: float = 0.01, is_late: bool = False
+        self, *, max_waiting: int = 100, slowdown_permille: int = 1000, step_s: float = 0.01, gap_s: float | None = None
     ):
         self.now_s = 100.0
-        free = ("intact", "started")
         self.executor = FakeExecutor(
-            seconds=lambda stage: self.pass_time(0.0 if stage in free else step_s), is_late=is_late
+            seconds=lambda stage: self.pass_time(0.0 if stage == "intact" else step_s),
+            idles=self.pass_time,
+            gap_s=gap_s,
         )
         layout, buckets = self.executor.layout, self.executor.buckets
         self.scheduler = Scheduler(layout, num_slots=NUM_SLOTS, piece_len=buckets.piece_len)

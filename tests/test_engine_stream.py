@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ import pytest
 
 from hmoe_jax.core import CheckpointError
 from hmoe_jax.engine import Engine
-from hmoe_jax.exec.programs import Quantum
+from hmoe_jax.exec.quantum import Quantum
 from hmoe_jax.exec.score import load_for_scoring
 from hmoe_jax.exec.stream import StreamExecutor
+from hmoe_jax.outputs import RequestOutput
 from hmoe_jax.perf.machines import UNMEASURED_CPU, machine_name, save_rates
 from tests.experts.gpu import StandInDriver
 from tests.serving import assert_idle, greedy
@@ -32,9 +35,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("stream"), MODEL, with_tokenizer=True)
 
 
+@pytest.fixture(scope="module", params=["with decoding", "apart"])
+def streamed(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
+    """Prompts on two devices: on the one that decodes and another, or on two others."""
+    apart = request.param == "apart"
+    with Engine(folder, prefill="stream", prefill_devices=2, prefill_apart=apart, **OPTIONS) as engine:
+        yield engine
+        assert_idle(engine)
+
+
 @pytest.fixture(scope="module")
-def streamed(folder: Path) -> Iterator[Engine]:
-    with Engine(folder, prefill="stream", prefill_devices=2, **OPTIONS) as engine:
+def apart(folder: Path) -> Iterator[Engine]:
+    options = OPTIONS | {"max_num_seqs": 3, "warm_up": False}
+    with Engine(folder, prefill="stream", prefill_apart=True, **options) as engine:
         yield engine
         assert_idle(engine)
 
@@ -103,7 +116,138 @@ def test_closing_a_stream_of_text_cancels_its_prompt_between_two_quanta(
     assert len(output.outputs[0].token_ids) == 4
 
 
+def test_prompts_in_the_gaps_of_decode_steps_change_no_token_and_compile_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, compilations: list[str]
+) -> None:
+    """Gaps of a tiny model are shorter than any part of a prompt: steps may be late."""
+    wishes: dict[str, Any] = {"executor": "overlap", "expert_cpus": "1", "max_decode_slowdown": 100.0}
+    with Engine(folder, prefill="stream", **OPTIONS, **wishes) as engine:
+        (alone,) = engine.generate([ids(40)], greedy(60), use_tqdm=False)
+        server, filled, num_compiled = engine._loop.server, [], len(compilations)
+        fill = server._fill
+
+        def note(seconds: float) -> bool:
+            filled.append(fill(seconds))
+            return filled[-1]
+
+        monkeypatch.setattr(server, "_fill", note)
+        monkeypatch.setattr(engine._executor.lane, "is_done", lambda *_: False)  # asks even if the experts were faster
+        engine.add_request("decoding", ids(40), greedy(60))
+        while "decoding" not in outputs_of_steps(engine, 1):
+            pass
+        engine.add_request("prompt", ids(350, seed=1), greedy(1))
+        last = finish(engine)
+        assert last["decoding"].outputs[0].token_ids == alone.outputs[0].token_ids
+        assert len(last["prompt"].outputs[0].token_ids) == 1
+        assert filled.count(True) > 10
+        assert compilations[num_compiled:] == []
+        assert_idle(engine)
+
+
+def while_blocked(engine: Engine, monkeypatch: pytest.MonkeyPatch, then: Callable[[threading.Event], None]) -> None:
+    """Blocks the devices of prompts after their first quantum, until `then` has returned or set the event."""
+    executor, goes_on = engine._executor, threading.Event()
+    assert isinstance(executor, StreamExecutor)
+    streamed = executor._streamed
+
+    def blocked(prompt: Any) -> Any:
+        quanta = streamed(prompt)
+        with closing(quanta):
+            yield next(quanta)
+            goes_on.wait()
+            return (yield from quanta)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, "_streamed", blocked)
+        try:
+            then(goes_on)
+        finally:
+            goes_on.set()
+
+
+def outputs_of_steps(engine: Engine, count: int) -> list[str]:
+    return [output.request_id for _ in range(count) for output in engine.step()]
+
+
+def finish(engine: Engine) -> dict[str, RequestOutput]:
+    last = {}
+    while engine.metrics().num_running or engine.metrics().num_waiting:
+        last |= {output.request_id: output for output in engine.step()}
+    return last
+
+
+def test_tokens_come_while_a_prompt_is_computed_on_devices_of_its_own(
+    apart: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = [apart.generate([ids(n, seed=n)], greedy(30), use_tqdm=False)[0].outputs[0] for n in (40, 200)]
+    apart.add_request("decoding", ids(40, seed=40), greedy(30))
+    while "decoding" not in outputs_of_steps(apart, 1):
+        pass
+
+    def then(goes_on: threading.Event) -> None:
+        apart.add_request("prompt", ids(200, seed=200), greedy(30))
+        assert set(outputs_of_steps(apart, 20)) == {"decoding"}
+
+    while_blocked(apart, monkeypatch, then)
+    last = finish(apart)
+    assert [last[name].outputs[0].token_ids for name in ("decoding", "prompt")] == [each.token_ids for each in alone]
+
+
+def test_a_prompt_elsewhere_is_aborted_and_what_it_looked_at_is_freed(
+    apart: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def then(goes_on: threading.Event) -> None:
+        apart.add_request("prompt", ids(200), greedy(4))
+        assert set(outputs_of_steps(apart, 4)) == {"decoding"}
+        threading.Timer(0.2, goes_on.set).start()
+        apart.abort("prompt")  # waits for what is under way
+
+    apart.add_request("decoding", ids(9), greedy(30))
+    while "decoding" not in outputs_of_steps(apart, 1):
+        pass
+    while_blocked(apart, monkeypatch, then)
+    assert finish(apart)["prompt"].outputs[0].finish_reason == "abort"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("hmoe-prefill")]
+
+
+def test_a_prompt_that_fails_elsewhere_harms_nobody(apart: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    (alone,) = apart.generate([ids(9)], greedy(12), use_tqdm=False)
+    executor = apart._executor
+    assert isinstance(executor, StreamExecutor)
+    streamed = executor._streamed
+
+    def failing(prompt: Any) -> Any:
+        if prompt.length < 200:
+            return (yield from streamed(prompt))
+        yield Quantum("front", 0, 1, 0.0)
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch:
+        apart.add_request("decoding", ids(9), greedy(12))
+        while "decoding" not in outputs_of_steps(apart, 1):
+            pass
+        patch.setattr(executor, "_streamed", failing)
+        apart.add_request("prompt", ids(200), greedy(4))
+        last = finish(apart)
+    assert str(last["prompt"].error) == "out of luck"
+    assert last["decoding"].outputs[0].token_ids == alone.outputs[0].token_ids
+
+
+def test_prompts_elsewhere_read_the_same_experts(apart: Engine) -> None:
+    executor = apart._executor
+    assert isinstance(executor, StreamExecutor)
+    assert executor._device not in executor.stream.devices
+    store = executor._backend.store
+    assert store is not None
+    held = [cell for lane in executor.lanes.values() for cell in vars(lane.source).values()]
+    assert store in held
+
+
 def test_what_cannot_be_streamed_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="prefill_devices 4: 'cpu' has 3 devices beside the one that decodes"):
+        Engine(folder, prefill="stream", prefill_devices=4, prefill_apart=True, **OPTIONS)
+    with pytest.raises(ValueError, match="prefill_apart needs prefill 'stream'"):
+        Engine(folder, prefill="step", prefill_apart=True, **OPTIONS)
     with pytest.raises(ValueError, match="prefill 'stream' needs executor 'fused'"):
         Engine(folder, prefill="stream", executor="graph", **OPTIONS)
     with pytest.raises(ValueError, match="prefill_devices 9: 'cpu' has 4 devices"):
@@ -222,9 +366,9 @@ def test_prompts_are_streamed_from_the_length_that_gains(
         assert isinstance(executor, StreamExecutor)
         streamed = executor._streamed
 
-        def note(function: Any, batch: Any) -> Any:
-            streamed_lengths.append(int(batch.length))
-            return streamed(function, batch)
+        def note(prompt: Any) -> Any:
+            streamed_lengths.append(prompt.length)
+            return streamed(prompt)
 
         monkeypatch.setattr(executor, "_streamed", note)
         num_compiled = len(compilations)

@@ -9,7 +9,7 @@ import pytest
 
 from hmoe_jax.core import CheckpointError, EngineDeadError, QueueFullError
 from hmoe_jax.request import Request, Sequence
-from tests.fake_executor import NUM_SLOTS, solo_run
+from tests.fake_executor import NUM_SLOTS, PART_S, solo_run
 from tests.server_case import STAGES, Case, assert_right, fail_once
 
 # --- what goes well ---
@@ -32,10 +32,8 @@ def test_tokens_are_preempted_and_computed_again_without_a_difference() -> None:
     assert sum(request.metrics().num_preemptions for request in requests) == case.scheduler.num_preemptions
 
 
-@pytest.mark.parametrize("is_late", [False, True])
-def test_a_long_prompt_beside_decoding_takes_its_share_of_time_and_no_more(is_late: bool) -> None:
-    """Also where a part is only started, and takes its time on the device."""
-    case = Case(slowdown_permille=500, step_s=0.01, is_late=is_late)
+def test_a_long_prompt_beside_decoding_takes_its_share_of_time_and_no_more() -> None:
+    case = Case(slowdown_permille=500, step_s=0.01)
     decoding = case.submit(2, 30)
     case.server.step()
     prompt = case.submit(30, 1)
@@ -45,6 +43,43 @@ def test_a_long_prompt_beside_decoding_takes_its_share_of_time_and_no_more(is_la
         steps += 1
     # 4 pieces of 2 parts and an end that takes no time; each part of 10 ms is paid off by 2 steps of 10 ms.
     assert 16 <= steps <= 20
+    case.run()
+    assert_right(decoding, prompt)
+
+
+@pytest.mark.parametrize(("gap_parts", "most_steps"), [(1, 9), (2.5, 5)])
+def test_a_prompt_in_the_gaps_of_decode_steps_delays_nobody(gap_parts: float | int, most_steps: int) -> None:
+    """Eight parts, of which each step's gap holds so many."""
+    case = Case(slowdown_permille=1, step_s=PART_S, gap_s=gap_parts * PART_S)
+    decoding = case.submit(2, 30)
+    case.server.step()
+    case.server.step()  # alone: so long is a step
+    prompt = case.submit(30, 1)
+    begin, steps = case.now_s, 0
+    while not prompt.is_finished:
+        case.server.step()
+        steps += 1
+    assert steps <= most_steps
+    admission_s = PART_S
+    assert case.now_s - begin == pytest.approx(steps * (1 + gap_parts) * PART_S + admission_s)
+    case.run()
+    assert_right(decoding, prompt)
+
+
+@pytest.mark.parametrize("gap_parts", [0.1, 0.5])
+def test_parts_that_are_longer_than_a_gap_take_no_more_than_they_may(gap_parts: float) -> None:
+    case = Case(slowdown_permille=250, step_s=PART_S, gap_s=gap_parts * PART_S)
+    decoding = case.submit(2, 36)
+    case.server.step()
+    case.server.step()
+    alone_s = (1 + gap_parts) * PART_S
+    prompt = case.submit(7, 1)
+    begin, steps = case.now_s, 0
+    while not prompt.is_finished:
+        case.server.step()
+        steps += 1
+    slowdown = (case.now_s - begin - PART_S) / (steps * alone_s) - 1
+    assert slowdown <= 0.25 + PART_S / (steps * alone_s)
     case.run()
     assert_right(decoding, prompt)
 

@@ -74,6 +74,13 @@ Status ExpertLane::Wait(int64_t slot, int32_t ticket, int64_t tokens, float* out
   return job.status;
 }
 
+Result<bool> ExpertLane::IsDone(int64_t slot, int32_t ticket) {
+  const auto found = Find(slot);
+  if (!found.ok()) return found.error();
+  const Slot& job = *found.value();
+  return ticket != job.ticket || job.done.load(std::memory_order_acquire) == ticket;
+}
+
 void ExpertLane::NoteFailure(const Error& failure) {
   const std::lock_guard lock(submitting_);
   if (failure_.ok()) failure_ = failure;

@@ -37,6 +37,9 @@ class ExpertLane {
   // Waits until the job is done and copies its result, [tokens, hidden]. Fails as the job failed.
   Status Wait(int64_t slot, int32_t ticket, int64_t tokens, float* out);
 
+  // Whether Wait would return at once. A job that was replaced in its slot is done.
+  Result<bool> IsDone(int64_t slot, int32_t ticket);
+
   // What failed where no caller could be told, the first since this was last asked.
   void NoteFailure(const Error& failure);
   Status TakeFailure();

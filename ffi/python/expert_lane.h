@@ -58,6 +58,8 @@ class PyExpertLane {
     Check(done);
   }
 
+  bool IsDone(int64_t slot, int32_t ticket) { return Check(Find()->IsDone(slot, ticket)); }
+
   // Raises what failed on a GPU's stream.
   void CheckFailure() { Check(Find()->TakeFailure()); }
 

@@ -7,7 +7,7 @@ published with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
@@ -135,30 +135,35 @@ def forward_in_parts(
     caches: tuple[Cache, ...],
     experts: ExpertsBeside,
 ) -> Forward:
-    """The same for tokens in several parts, whose results are put together in their order.
-
-    Between a part's `front` and its `back`, while somebody computes its routed experts, stand its shared experts and
-    the `back` and `front` of the other parts.
-    """
-    flows = [_Flow(config, tokens, attend, experts, part) for part, (tokens, attend) in enumerate(parts)]
+    """The same for tokens in several parts, whose results are put together in their order."""
+    new_caches = list(caches)
     with jax.named_scope("embed"):
-        for flow in flows:
-            flow.x = weights.embed[flow.tokens.ids]
-    new_caches = []
-    for index, (layer, old_cache) in enumerate(zip(weights.layers, caches, strict=True)):
-        cache, before = old_cache, None
-        for flow in flows:
-            flow.end_layer()
-            if before is not None:  # it has read the cache: this one may write to it
-                cache = experts.in_order(cache, before.latest)
-            cache, before = flow.begin_layer(index, layer, cache), flow
-        new_caches.append(cache)
-    for flow in flows:
-        flow.end_layer()
+        flows = [
+            Flow(config, _Inside(config, weights, tokens, attend), experts, part, weights.embed[tokens.ids])
+            for part, (tokens, attend) in enumerate(parts)
+        ]
+    through_layers(flows, new_caches, experts)
     x = jnp.concatenate([flow.x for flow in flows])
     hidden = rms_norm(x, weights.norm, config.norm_eps)
     routes = [jnp.concatenate(each) for each in zip(*(flow.routes for flow in flows), strict=True)]
     return hidden, tuple(new_caches), stack_routes(config, routes, num_tokens=len(x))
+
+
+def through_layers(flows: Sequence[Flow[Cache]], caches: MutableSequence[Cache], experts: ExpertsBeside) -> None:
+    """The loop of every decode step, inside a program that is traced or on the host, in one part or in several.
+
+    Between a part's `front` and its `back`, while somebody computes its routed experts, stand its shared experts and
+    the `back` and `front` of the other parts.
+    """
+    for index in range(len(caches)):
+        before = None
+        for flow in flows:
+            flow.end_layer()
+            if before is not None:  # it has read the cache: this one may write to it
+                caches[index] = experts.in_order(caches[index], before.latest)
+            caches[index], before = flow.begin_layer(index, caches[index]), flow
+    for flow in flows:
+        flow.end_layer()
 
 
 @runtime_checkable
@@ -174,6 +179,39 @@ class ExpertsBeside(Protocol):
 
     def in_order(self, value: Any, after: Array) -> Any:
         """The value as it is, but not before `after` is there."""
+
+
+@runtime_checkable
+class Stages(Protocol[Cache]):
+    """What is computed of a part of a batch outside the routed experts: in the program that is traced, or in programs
+    of their own. `x` is the part's activations between two layers, in any form that `front` and `dense` take."""
+
+    def dense(self, index: int, x: Any, cache: Cache) -> tuple[Any, Cache]: ...
+    def front(self, index: int, x: Any, cache: Cache) -> tuple[Seam, Cache]: ...
+    def shared(self, index: int, hidden: Float[Array, "t d"]) -> Float32[Array, "t d"]: ...
+    def back(self, seam: Seam, shared: Float32[Array, "t d"], routed: Float32[Array, "t d"]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class _Inside(Generic[Cache]):
+    """In the program that is traced."""
+
+    config: ModelConfig
+    weights: Weights
+    tokens: Tokens
+    attend: Attend[Cache]
+
+    def dense(self, index: int, x: Any, cache: Cache) -> tuple[Any, Cache]:
+        return dense_layer(self.config, self.weights.layers[index], x, self.tokens, cache, self.attend)
+
+    def front(self, index: int, x: Any, cache: Cache) -> tuple[Seam, Cache]:
+        return front(self.config, self.weights.layers[index], x, self.tokens, cache, self.attend)
+
+    def shared(self, index: int, hidden: Float[Array, "t d"]) -> Float32[Array, "t d"]:
+        return shared_experts(self.weights.layers[index], hidden)
+
+    def back(self, seam: Seam, shared: Float32[Array, "t d"], routed: Float32[Array, "t d"]) -> Any:
+        return back(seam.residual, shared, routed)
 
 
 @dataclass(frozen=True)
@@ -193,15 +231,14 @@ class _Inline:
 
 
 @dataclass
-class _Flow(Generic[Cache]):
+class Flow(Generic[Cache]):
     """One part on its way through the layers; an MoE layer that was begun is `open` until its experts are there."""
 
     config: ModelConfig
-    tokens: Tokens
-    attend: Attend[Cache]
+    stages: Stages[Cache]
     experts: ExpertsBeside
     part: int
-    x: Any = None
+    x: Any
     open: tuple[int, Seam, Array, Any] | None = None
     routes: list[Array] = field(default_factory=list)
 
@@ -210,15 +247,15 @@ class _Flow(Generic[Cache]):
         """What was computed of this part last."""
         return self.x if self.open is None else self.open[1].hidden
 
-    def begin_layer(self, index: int, layer: Layer, cache: Cache) -> Cache:
+    def begin_layer(self, index: int, cache: Cache) -> Cache:
         with jax.named_scope(f"layer{index}"):
-            if isinstance(layer.mlp, Mlp):
-                self.x, cache = dense_layer(self.config, layer, self.x, self.tokens, cache, self.attend)
+            if index < self.config.num_dense_layers:
+                self.x, cache = self.stages.dense(index, self.x, cache)
                 return cache
-            seam, cache = front(self.config, layer, self.x, self.tokens, cache, self.attend)
+            seam, cache = self.stages.front(index, self.x, cache)
             with jax.named_scope("experts"):
                 started, hidden = self.experts.start(self.part, index - self.config.num_dense_layers, seam)
-            self.open = index, seam, shared_experts(layer, hidden), started
+            self.open = index, seam, self.stages.shared(index, hidden), started
             self.routes.append(seam.ids)
             return cache
 
@@ -229,7 +266,7 @@ class _Flow(Generic[Cache]):
         with jax.named_scope(f"layer{index}"):
             with jax.named_scope("experts"):
                 routed = self.experts.finish(self.part, started)
-            self.x, self.open = back(seam, shared, routed), None
+            self.x, self.open = self.stages.back(seam, shared, routed), None
 
 
 def stack_routes(
@@ -257,8 +294,10 @@ def shared_experts(layer: Layer, hidden: Float[Array, "t d"]) -> Float32[Array, 
         return mlp(layer.mlp.shared, hidden)
 
 
-def back(seam: Seam, shared: Float32[Array, "t d"], routed: Float32[Array, "t d"]) -> Float[Array, "t d"]:
-    return (seam.residual.astype(jnp.float32) + shared + routed).astype(seam.residual.dtype)
+def back(
+    residual: Float[Array, "t d"], shared: Float32[Array, "t d"], routed: Float32[Array, "t d"]
+) -> Float[Array, "t d"]:
+    return (residual.astype(jnp.float32) + shared + routed).astype(residual.dtype)
 
 
 def dense_layer(

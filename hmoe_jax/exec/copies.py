@@ -142,6 +142,8 @@ class CopyLane:
         self.source = record_source(store, device, plan)
         self._record_bytes, self._link_gbps = store.record_layout.num_bytes, plan.link_gbps
         self._ended = 0.0
+        self.num_bytes = 0
+        """That were copied so far."""
         self._threads = ThreadPoolExecutor(self.source.concurrency, thread_name_prefix="hmoe-copy")
 
     def submit(self, layer: int, experts: Int32[np.ndarray, " g"]) -> Future[tuple[Records, Span]]:
@@ -159,6 +161,7 @@ class CopyLane:
         if self._link_gbps is not None:
             time.sleep(max(0.0, begin + num_bytes / self._link_gbps / 1e9 - time.perf_counter()))
         self._ended = time.perf_counter()
+        self.num_bytes += num_bytes
         return records, Span(f"layer {layer}", begin, self._ended, num_bytes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,9 @@ MAX_COPYING = 2
 
 WAIT_S = 0.02
 """How long a prompt waits for a copy before it can be cancelled."""
+
+KEPT = 0.8
+"""Of what is known of a speed, when it is measured again."""
 
 BlockName = Literal["dense", "front", "back"]
 
@@ -54,3 +58,25 @@ class Durations:
         block = self.block("front", sizes.block_len, max(max_len - sizes.block_len, 0))
         computing = (MAX_RUNNING + 1) * max(block, self.tile(sizes.tile_rows[-1], sizes.group_size))
         return WAIT_S + max(computing, MAX_COPYING * self.group_copy(sizes.group_size))
+
+
+class Pace:
+    """How much longer quanta take than predicted, as measured: each of a kind and size, and by their kind where a size
+    is new."""
+
+    def __init__(self) -> None:
+        self._factors: dict[tuple[Hashable, ...], float] = {}
+
+    def expected(self, name: str, size: Hashable, predicted_s: float) -> float:
+        return predicted_s * self._factors.get((name, size), self._factors.get((name,), 1.0))
+
+    def learn(self, name: str, size: Hashable, predicted_s: float, elapsed_s: float) -> None:
+        """One that took far longer than known had other reasons, and counts as twice as long."""
+        for key in ((name, size), (name,)):
+            known = self._factors.get(key, elapsed_s / predicted_s)
+            self._factors[key] = averaged(known, min(elapsed_s / predicted_s, 2 * known))
+
+
+def averaged(known: float, measured: float) -> float:
+    """What is known of a speed, now that it was measured again."""
+    return KEPT * known + (1 - KEPT) * measured

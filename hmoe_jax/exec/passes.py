@@ -40,8 +40,8 @@ class StreamSizes:
     """The sizes of a streaming prefill over devices that divide the experts.
 
     `group_size` experts of each device are copied together, `depth` such groups lie on it at most. A pass has at most
-    `pass_len` tokens, of which `block_len` go through attention together. `tile_rows` are the numbers of tokens per
-    expert that programs are compiled for.
+    `pass_len` tokens, of which `block_len` go through attention together; fewer, where a prompt `fills_gaps` of decode
+    steps. `tile_rows` are the numbers of tokens per expert that programs are compiled for.
     """
 
     group_size: int
@@ -50,6 +50,14 @@ class StreamSizes:
     tile_rows: tuple[int, ...]
     block_len: int = BLOCK_LEN
     variant: str = "batched"
+    fills_gaps: bool = False
+
+    def block_lens(self, num_tokens: int, num_devices: int) -> tuple[int, ...]:
+        """For a prompt of so many tokens, the longest first: each divides the ones before it, the devices all."""
+        parts = (1, 4, 16) if self.fills_gaps else (1,)
+        longest = min(self.block_len, num_tokens)
+        shortest = -(-longest // (parts[-1] * num_devices)) * num_devices
+        return tuple(shortest * parts[-1] // part for part in parts)
 
     def num_bytes(self, config: ModelConfig) -> int:
         """Of each device's memory, beside weights and caches: the most that streaming takes."""

@@ -46,6 +46,9 @@ SMALLEST_PREFILL = 32
 TURNS_SLOWDOWN = 1.0
 """Where prompts and decoding take turns: half of the time each."""
 
+BESIDE_SLOWDOWN = 0.15
+"""Where prompts are computed while decoding leaves the device idle."""
+
 LEAST_SLOWDOWN = 0.001
 """A prompt beside decoding sequences would hardly ever end with less."""
 
@@ -57,7 +60,8 @@ class EngineOptions:
 
     `residency` says where routed experts lie in host memory (`ExpertStore`): in the mapped files, in an arena, or in an
     arena that GPUs read too. `prefill` "stream" copies experts to `prefill_devices` devices for prompts; "step"
-    computes prompts as `executor` does; "auto" streams those that are predicted to gain by it. `link_gbps` slows copies
+    computes prompts as `executor` does; "auto" streams those that are predicted to gain by it. With `prefill_apart`
+    these are other devices than the one that decodes, which goes on beside them. `link_gbps` slows copies
     down to a link's bandwidth, to see what streaming would do there. Executor "overlap" computes routed experts beside
     everything else, with `microbatches` parts of a batch in turn: 2, or 1 where splitting loses. `expert_cpus` are the
     CPUs of the native kernels' threads, of each NUMA node, like "0-15;16-31". At most `max_num_waiting` sequences wait
@@ -78,6 +82,7 @@ class EngineOptions:
     residency: PlannedResidency = "auto"
     prefill: Literal["auto", "step", "stream"] = "auto"
     prefill_devices: int = 1
+    prefill_apart: bool = False
     link_gbps: float | None = None
     isa: str = "auto"
     kv_cache_bytes: int | None = None
@@ -91,8 +96,9 @@ class EngineOptions:
         for name in ("max_prefill_tokens", "max_model_len", "kv_cache_bytes"):
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
-        if not isinstance(self.enable_prefix_caching, bool):
-            raise ValueError(f"enable_prefix_caching must be True or False, got {self.enable_prefix_caching!r}")
+        for name in ("enable_prefix_caching", "prefill_apart"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         slowdown = self.max_decode_slowdown
         is_number = isinstance(slowdown, int | float) and not isinstance(slowdown, bool)
         if slowdown != "auto" and not (is_number and LEAST_SLOWDOWN <= slowdown < math.inf):
@@ -222,7 +228,7 @@ def resolve(options: EngineOptions, config: ModelConfig, hardware: Hardware) -> 
         buckets=buckets,
         max_num_waiting=options.max_num_waiting,
         enable_prefix_caching=options.enable_prefix_caching,
-        max_decode_slowdown=_slowdown(options, reasons),
+        max_decode_slowdown=_slowdown(options, stream, reasons),
         expert_cpus=options.expert_cpus,
         split_sizes=_split_sizes(options, config, hardware, executor, layout, buckets, reasons),
         stream=stream,
@@ -291,7 +297,7 @@ def _layout(
         raise ValueError(f"max_model_len {max_len} exceeds the model's {config.max_len} positions")
     page_bytes = config.num_layers * PAGE_SIZE * config.latent_dim * jnp.dtype(dtype).itemsize
     # Each device that prompts are streamed to has a cache; those of the CPU platform share one memory.
-    copies = options.prefill_devices if hardware.platform == "cpu" else 1
+    copies = options.prefill_devices + options.prefill_apart if hardware.platform == "cpu" else 1
     room, of_what = hardware.memory_bytes, "the memory"
     if hardware.platform != "cpu" and executor != "graph":
         room, of_what = _beside_weights(config, hardware.memory_bytes), "the memory beside the weights"
@@ -333,6 +339,8 @@ def _stream(
         planned = _plan_stream(options, config, hardware, layout, reasons)
     if planned is None and options.prefill_devices > 1:
         raise ValueError(f"prefill_devices {options.prefill_devices} needs prefill 'stream'")
+    if planned is None and options.prefill_apart:
+        raise ValueError("prefill_apart needs prefill 'stream'")
     if planned is None and options.link_gbps is not None:
         raise ValueError(f"link_gbps {options.link_gbps} needs prefill 'stream'")
     return planned
@@ -343,10 +351,15 @@ def _plan_stream(
 ) -> StreamPlan | None:
     """None if it was left to us and no prompt gains by it."""
     devices, is_free = jax.devices(hardware.platform), options.prefill == "auto"
+    if options.prefill_apart:
+        devices = [device for device in jax.local_devices(backend=hardware.platform) if device != hardware.device]
     if options.prefill_devices > len(devices):
-        raise ValueError(f"prefill_devices {options.prefill_devices}: {hardware.platform!r} has {len(devices)} devices")
+        beside = " beside the one that decodes" if options.prefill_apart else ""
+        raise ValueError(
+            f"prefill_devices {options.prefill_devices}: {hardware.platform!r} has {len(devices)} devices{beside}"
+        )
     chosen = tuple(devices[: options.prefill_devices])
-    if hardware.device not in chosen:
+    if hardware.device not in chosen and not options.prefill_apart:
         raise ValueError(f"prefill_devices {options.prefill_devices}: none of them is process {jax.process_index()}'s")
     cache = layout.num_bytes(jnp.bfloat16)
     memory_bytes = stream_bytes(
@@ -377,7 +390,10 @@ def _plan_stream(
         f"{len(chosen)} device(s); {layout.max_len} tokens should take {longest.seconds:.3g} s, limited by "
         f"{longest.limit} ({rates.name}), and is cancelled within {cancelling * 1e3:.0f} ms"
     )
-    sizes = replace(sizes, variant=rates.variant)
+    # Several processes must start the same programs, and each has a clock of its own.
+    is_alone = {device.process_index for device in chosen} == {jax.process_index()}
+    fills_gaps = options.executor == "overlap" and not options.prefill_apart and is_alone
+    sizes = replace(sizes, variant=rates.variant, fills_gaps=fills_gaps)
     return StreamPlan(**vars(sizes), rates=rates, devices=chosen, least_tokens=least, link_gbps=options.link_gbps)
 
 
@@ -396,9 +412,15 @@ def _beside_weights(config: ModelConfig, memory_bytes: int) -> int:
     return max(int(memory_bytes * DEVICE_SHARE) - held_bytes(config), 0)
 
 
-def _slowdown(options: EngineOptions, reasons: dict[str, str]) -> float:
+def _slowdown(options: EngineOptions, stream: StreamPlan | None, reasons: dict[str, str]) -> float:
     if options.max_decode_slowdown != "auto":
         return options.max_decode_slowdown
+    if stream is not None and stream.fills_gaps:
+        reasons["max_decode_slowdown"] = f"{BESIDE_SLOWDOWN}, as prompts are computed in the gaps of decode steps"
+        return BESIDE_SLOWDOWN
+    if options.prefill_apart:
+        reasons["max_decode_slowdown"] = f"{BESIDE_SLOWDOWN}, as prompts are computed on devices of their own"
+        return BESIDE_SLOWDOWN
     reasons["max_decode_slowdown"] = f"{TURNS_SLOWDOWN}, as prompts and decoding take turns"
     return TURNS_SLOWDOWN
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,11 @@ from hmoe_jax.exec.backend import ExpertBackend
 from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch, decode_batch, prefill_batch
 from hmoe_jax.exec.beside import LaneExperts
 from hmoe_jax.exec.guard import FileGuard
+from hmoe_jax.exec.host_loop import HostLoop, Meanwhile
 from hmoe_jax.exec.plan import Plan
+from hmoe_jax.exec.quantum import Quanta, Quantum, run_out
+from hmoe_jax.exec.state import DeviceState, LiveState
 from hmoe_jax.exec.step import (
-    DeviceState,
     StepModel,
     StepOutput,
     decode,
@@ -31,26 +33,6 @@ from hmoe_jax.experts.lane import ExpertLane
 from hmoe_jax.sampling import SamplerState, empty_row, empty_state, set_row
 
 StepFunction = Callable[[StepModel, DeviceState, Any], tuple[Any, DeviceState]]
-
-
-@dataclass(frozen=True)
-class Quantum:
-    """A part of a prefill that has been started on the devices: what, of which layer, of how many layers, and how long
-    it should compute. "copies": nothing could be started, as the next experts have not come yet. `done` is an array
-    that is ready when it has been computed."""
-
-    name: str
-    layer: int
-    num_layers: int
-    predicted_s: float
-    done: Any = None
-
-
-Quanta = Generator[Quantum, None, Any]
-"""A prefill in parts: it computes while it is advanced, and its value is what the step function returns.
-
-Closing it between two parts cancels the prompt: what it left in the cache is nobody's, and everything else is freed.
-"""
 
 
 class Executor:
@@ -76,19 +58,36 @@ class Executor:
         self._dtype, self._guard, self._split_sizes = plan.dtype, guard, plan.split_sizes
         with jax.default_device(self._device):
             self._empty_state = jax.jit(self._make_state).lower().compile()
-            self._state = self._empty_state()
+            self._state = LiveState(self._empty_state())
             slot, row = np.array(0, np.int32), empty_row(config.vocab_size)
             self._admit = jax.jit(set_row, donate_argnums=0).lower(self._state.sampler, slot, row).compile()
+        self._loop = None if backend.lane is None else HostLoop(config, plan.layout, weights, backend.lane, plan.device)
         self._programs: dict[tuple[str, int], Callable[..., Any]] = {}
 
-    def step(self, batch: PrefillBatch | DecodeBatch, *, scored: bool = False) -> StepOutput:
-        """Runs a batch whose size is one of the buckets. `scored` asks for a prompt's log-probabilities."""
-        if isinstance(batch, DecodeBatch):
+    def step(
+        self, batch: PrefillBatch | DecodeBatch, *, scored: bool = False, meanwhile: Meanwhile | None = None
+    ) -> StepOutput:
+        """Runs a batch whose size is one of the buckets. `scored` asks for a prompt's log-probabilities.
+
+        Where a decode step leaves the device idle, `meanwhile` may use it: it is called if the executor `has_gaps`.
+        """
+        if isinstance(batch, PrefillBatch):
+            return self.run(prefill_scored if scored else prefill, batch)
+        if meanwhile is None or self._loop is None:
             return self.run(self.decode_function(len(batch.tokens)), batch)
-        return self.run(prefill_scored if scored else prefill, batch)
+        return self.loop(batch, meanwhile=meanwhile)
+
+    def loop(
+        self, batch: DecodeBatch, *, num_parts: int | None = None, meanwhile: Meanwhile = lambda _: False
+    ) -> StepOutput:
+        """A decode step by the loop on the host, with the bits of the compiled one, and in as many parts if `num_parts`
+        is not given. There is a lane for it."""
+        assert self._loop is not None
+        parts = num_parts or (2 if len(batch.tokens) in self._split_sizes else 1)
+        return self._loop.step(batch, self._state, num_parts=parts, meanwhile=meanwhile)
 
     def prefill(self, batch: PrefillBatch, *, scored: bool = False) -> Quanta:
-        """The same of a prompt, part by part: the generator's value is the `StepOutput`."""
+        """The same of a prompt, part by part: the value is the `StepOutput`."""
         return self.quanta(prefill_scored if scored else prefill, batch)
 
     def decode_function(self, size: int) -> StepFunction:
@@ -99,32 +98,40 @@ class Executor:
 
     def admit(self, slot: int, row: SamplerState) -> None:
         """Gives a slot to a new sequence."""
-        sampler = self._admit(self._state.sampler, np.array(slot, np.int32), row)
-        self._state = DeviceState(self._state.caches, sampler)
+        self._state.sampler = self._admit(self._state.sampler, np.array(slot, np.int32), row)
 
     def run(self, function: StepFunction, batch: PrefillBatch | DecodeBatch) -> Any:
         """Runs a step function on the state; compiles it if this size of batch is new."""
         if isinstance(batch, DecodeBatch):
             return self._run_program(function, batch)
-        quanta = self.quanta(function, batch)
-        while True:
-            try:
-                next(quanta)
-            except StopIteration as end:
-                return end.value
+        return run_out(self.quanta(function, batch))
 
     def quanta(self, function: StepFunction, batch: PrefillBatch) -> Quanta:
-        """Runs a step function on a prompt, or a piece of one. Here it has one part."""
-        yield from ()
+        """Runs a step function on a prompt, or a piece of one: here in one part, and nobody knows how long it takes."""
+        room = yield Quantum("step", 0, self.config.num_layers, math.inf, has_begun=False)
+        while room is not None and room.choose([(math.inf, None)]) is None:
+            room = yield Quantum("room", 0, self.config.num_layers, math.inf, has_begun=False)
         return self._run_program(function, batch)
 
     def _run_program(self, function: StepFunction, batch: PrefillBatch | DecodeBatch) -> Any:
-        output, self._state = self._program(function, batch)(self._weights, self._backend.operand, self._state, batch)
+        program = self._program(function, batch)
+        output, state = program(self._weights, self._backend.operand, self._state.taken, batch)
+        self._state.put(state)
         return output
 
     def warm_up(self) -> list[Callable[[], object]]:
         """One job for each program that serving can need; after all have run, nothing compiles any more."""
         return self._compilations(self.buckets.prefill)
+
+    @property
+    def copied_bytes(self) -> int:
+        """Of routed experts, to devices, so far."""
+        return 0
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether decode steps leave the device to somebody else while the CPU computes routed experts."""
+        return self._loop is not None
 
     @property
     def lane(self) -> ExpertLane | None:
@@ -146,9 +153,9 @@ class Executor:
 
     def reset(self) -> None:
         """Forgets all sequences: for a step that failed, after which the donated state is gone, or some of it."""
-        for array in jax.tree.leaves(self._state):
+        for array in jax.tree.leaves(self._state.taken):
             array.delete()
-        self._state = self._empty_state()
+        self._state.put(self._empty_state())
 
     def check_intact(self) -> None:
         """Raises `CheckpointError` if a file that is still read was cut off: then no output can be trusted. Raises
@@ -160,7 +167,7 @@ class Executor:
 
     def close(self) -> None:
         """Frees the arrays at once, whoever still refers to the executor, and what its backend owns."""
-        for array in jax.tree.leaves((self._weights, self._backend.operand, self._state)):
+        for array in jax.tree.leaves((self._weights, self._backend.operand, self._state.taken)):
             array.delete()
         self._guard = None
         self._on_close()
@@ -196,4 +203,4 @@ class Executor:
             return function(StepModel(config, layout, weights, bind(operand), beside), state, batch)
 
         program.__name__ = f"{function.__name__}_{batch.tokens.shape[0]}"
-        return jax.jit(program, donate_argnums=2).trace(self._weights, self._backend.operand, self._state, batch)
+        return jax.jit(program, donate_argnums=2).trace(self._weights, self._backend.operand, self._state.taken, batch)

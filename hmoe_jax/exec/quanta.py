@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int32
 
 from hmoe_jax.architectures import deepseek_v3
-from hmoe_jax.architectures.deepseek_v3 import Attend, Layer, Seam, Tokens
+from hmoe_jax.architectures.deepseek_v3 import Attend, Layer, Tokens
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.core import record, unchecked
 from hmoe_jax.exec.batch import PrefillBatch
@@ -94,7 +94,7 @@ class QuantumPrograms:
         Layers of the same `kind` differ in nothing but their numbers: they share programs.
         """
         function = {"dense": self._dense, "front": self._front, "back": self._back}[name]
-        program, key = partial(function, block_len=block_len), (name, len(state.x), kind)
+        program, key = partial(function, block_len=block_len), (name, len(state.x), block_len, kind)
         return self._run(_BLOCK, key, program, layer, state, cache, batch, np.int32(first))
 
     def sort(self, state: Pass) -> tuple[Pass, SortedRoutes, Array]:
@@ -109,17 +109,17 @@ class QuantumPrograms:
         places: Int32[np.ndarray, "n s"],
         records: Records,
         *,
-        first: int,
+        first: Int32[np.ndarray, "n s"],
         rows: int,
     ) -> Pass:
-        """The sums with `rows` rows of some experts added, from row `first` on.
+        """The sums with `rows` rows of some experts added, from their rows `first` on.
 
         For each device: the experts (-1 for none) and their places among its records; all of them must be in order.
         """
         if len(records) > 1 and len(places) == 1:  # they came one by one, to one device: no program need pick them
             records, places = tuple(records[place] for place in places[0]), np.arange(places.size, dtype=np.int32)[None]
         # In one array: every operand that comes from the host costs as much as the program's dispatch.
-        choice = np.stack([experts, places, np.full_like(places, first)], axis=1)
+        choice = np.stack([experts, places, first], axis=1)
         key, program = ("group", len(state.x), rows, experts.shape[1]), partial(self._group, rows=rows)
         routed = self._run(_GROUP, key, program, state.routed, state.hidden, routes, choice, records)
         return replace(state, routed=routed)
@@ -192,12 +192,12 @@ class QuantumPrograms:
         *,
         rows: int,
     ) -> Float32[Array, "t d"]:
-        """`choice` is, for each device, experts, their places among the records, and the first row."""
+        """`choice` is, for each device, experts, their places among the records, and their first rows."""
         experts, slots, first = choice[lax.axis_index(AXIS)]
         stack = jnp.concatenate(records)
         if len(slots) < len(stack):
             stack = stack[slots]
-        chosen = group_rows(routes, experts, first[0], capacity=rows, num_tokens=hidden.shape[0])
+        chosen = group_rows(routes, experts, first, capacity=rows, num_tokens=hidden.shape[0])
         return VARIANTS[self._variant](routed, hidden, chosen, self._records.unpack(stack))
 
     def _back(
@@ -205,9 +205,8 @@ class QuantumPrograms:
     ) -> tuple[Pass, Array]:
         begin, own = _own_rows(first, block_len)
         residual, hidden = _rows(state.x, begin, own), _rows(state.hidden, begin, own)
-        seam = Seam(residual, hidden, _rows(state.ids, begin, own), _rows(state.weights, begin, own))
         routed = lax.psum_scatter(_rows(state.routed, first, block_len), AXIS, scatter_dimension=0, tiled=True)
-        x = deepseek_v3.back(seam, deepseek_v3.shared_experts(layer, hidden), routed)
+        x = deepseek_v3.back(residual, deepseek_v3.shared_experts(layer, hidden), routed)
         return replace(state, x=_set_rows(state.x, first, _gather(x))), cache
 
     def _attend(self, batch: PrefillBatch, tokens: Tokens) -> Attend[Array]:

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int32, UInt
+from jaxtyping import Array, Float, Float32, Int32
 
 from hmoe_jax.architectures import deepseek_v3
 from hmoe_jax.architectures.deepseek_v3 import Attend, ExpertsBeside, RoutedExperts, Tokens, Weights
 from hmoe_jax.config import ModelConfig
-from hmoe_jax.core import record
+from hmoe_jax.core import AnyArray, record
 from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch
+from hmoe_jax.exec.state import DeviceState
 from hmoe_jax.kv.pages import CacheLayout, read_chunk, write_latents
 from hmoe_jax.nn.attention import Context, Pages, Queries, UpProjections, attend_absorbed, attend_decompressed
 from hmoe_jax.sampling import Sampled, SamplerState, report, sample
@@ -26,20 +27,11 @@ SCORED_ROWS = 128
 
 @record
 @dataclass(frozen=True)
-class DeviceState:
-    """What a step changes, all of it donated: one cache per layer, and the sampler's rows."""
-
-    caches: tuple[UInt[Array, "pages slots w"], ...]
-    sampler: SamplerState
-
-
-@record
-@dataclass(frozen=True)
 class StepOutput:
     """`routes` are expert ids per MoE layer and token, -1 for padding. `prompt` scores the `targets`, if asked."""
 
     sampled: Sampled
-    routes: Int32[Array, "m t k"]
+    routes: Int32[AnyArray, "m t k"]
     prompt: Sampled | None = None
 
 
@@ -168,6 +160,34 @@ def prefill_attention(
     return attend
 
 
+def decode_tokens(batch: DecodeBatch) -> Tokens:
+    return Tokens(ids=batch.tokens, positions=batch.positions, valid=batch.valid)
+
+
+def decode_attention(config: ModelConfig, layout: CacheLayout, batch: DecodeBatch) -> Attend[Array]:
+    """Attention of each row's token to its own sequence."""
+
+    def attend(cache: Array, queries: Queries, up: UpProjections, latents: Array) -> tuple[Array, Array]:
+        cache = write_latents(cache, batch.tables, batch.positions, batch.valid, latents)
+        context = _context(layout, cache, batch.tables, batch.positions, latents.dtype)
+        context = replace(context, pages=Pages(cache, batch.tables))
+        return attend_absorbed(queries, up, context, scale=config.softmax_scale), cache
+
+    return attend
+
+
+def in_parts(batch: DecodeBatch, num_parts: int) -> list[DecodeBatch]:
+    """Of equal size: `num_parts` divides the batch."""
+    size = len(batch.tokens) // num_parts
+    begins = range(0, len(batch.tokens), size)
+    return [jax.tree.map(lambda rows, begin=begin: rows[begin : begin + size], batch) for begin in begins]
+
+
+def layer_kinds(weights: Weights) -> list[str]:
+    """Layers of the same kind differ in nothing but their numbers: they can share programs."""
+    return [str(jax.tree.map(jax.typeof, layer)) for layer in weights.layers]
+
+
 def _prefill_hidden(model: StepModel, state: DeviceState, batch: PrefillBatch) -> Forward:
     tokens = prefill_tokens(batch, 0, batch.tokens.shape[0])
     attend = prefill_attention(model.config, model.layout, batch, tokens)
@@ -175,7 +195,7 @@ def _prefill_hidden(model: StepModel, state: DeviceState, batch: PrefillBatch) -
 
 
 def _decode_logits(model: StepModel, state: DeviceState, batch: DecodeBatch) -> Forward:
-    tokens, attend = _decode_tokens(model, batch)
+    tokens, attend = _tokens_and_attention(model, batch)
     hidden, caches, routes = deepseek_v3.forward(
         model.config, model.weights, tokens, state.caches, attend, model.experts
     )
@@ -185,13 +205,9 @@ def _decode_logits(model: StepModel, state: DeviceState, batch: DecodeBatch) -> 
 def _decode_beside(model: StepModel, state: DeviceState, batch: DecodeBatch, *, num_parts: int) -> Forward:
     """`num_parts` divides the batch."""
     assert model.beside is not None
-    size = len(batch.tokens) // num_parts
-    parts = [
-        jax.tree.map(lambda rows, begin=begin: rows[begin : begin + size], batch)
-        for begin in range(0, len(batch.tokens), size)
-    ]
+    parts = [_tokens_and_attention(model, part) for part in in_parts(batch, num_parts)]
     hidden, caches, routes = deepseek_v3.forward_in_parts(
-        model.config, model.weights, [_decode_tokens(model, part) for part in parts], state.caches, model.beside
+        model.config, model.weights, parts, state.caches, model.beside
     )
     return deepseek_v3.logits(model.weights, hidden), caches, routes
 
@@ -203,16 +219,8 @@ def _draw(state: DeviceState, batch: DecodeBatch, computed: Forward) -> tuple[St
     return StepOutput(sampled, routes), DeviceState(caches, sampler)
 
 
-def _decode_tokens(model: StepModel, batch: DecodeBatch) -> tuple[Tokens, Attend[Array]]:
-    tokens = Tokens(ids=batch.tokens, positions=batch.positions, valid=batch.valid)
-
-    def attend(cache: Array, queries: Queries, up: UpProjections, latents: Array) -> tuple[Array, Array]:
-        cache = write_latents(cache, batch.tables, batch.positions, batch.valid, latents)
-        context = _context(model.layout, cache, batch.tables, batch.positions, latents.dtype)
-        context = replace(context, pages=Pages(cache, batch.tables))
-        return attend_absorbed(queries, up, context, scale=model.config.softmax_scale), cache
-
-    return tokens, attend
+def _tokens_and_attention(model: StepModel, batch: DecodeBatch) -> tuple[Tokens, Attend[Array]]:
+    return decode_tokens(batch), decode_attention(model.config, model.layout, batch)
 
 
 def _context(

@@ -6,41 +6,45 @@ a small compiled program. Copies run ahead of the computation, across the layers
 another executor, over the same weights.
 
 Over several devices (mesh axis `ep`) each copies and computes its own experts for all tokens; a block's tokens are
-divided for everything else. `x` and the caches are the same on all devices.
+divided for everything else. `x` and the caches are the same on all devices. These may be others than the one that
+decodes: then a thread drives them, and what a prompt leaves in the cache is handed over in the end.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, ExitStack, closing
+from collections.abc import Callable, Generator, Hashable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array
+from jaxtyping import Array, Int32
 
 from hmoe_jax.architectures import deepseek_v3
 from hmoe_jax.architectures.deepseek_v3 import Weights
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.exec.backend import ExpertBackend
-from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch
+from hmoe_jax.exec.batch import PrefillBatch
 from hmoe_jax.exec.copies import AXIS, NOBODY, CopyLane, ExpertStream, Group, Records
-from hmoe_jax.exec.durations import MAX_RUNNING, WAIT_S, BlockName, Durations
-from hmoe_jax.exec.groups import Tile, choose, guess, owned, tiles
+from hmoe_jax.exec.durations import MAX_RUNNING, WAIT_S, BlockName, Durations, Pace
+from hmoe_jax.exec.groups import GroupCover, Tile, choose, guess, owned
 from hmoe_jax.exec.guard import FileGuard
 from hmoe_jax.exec.plan import Plan
-from hmoe_jax.exec.programs import Executor, Quanta, Quantum, StepFunction
+from hmoe_jax.exec.prefill_thread import PrefillThread
+from hmoe_jax.exec.programs import Executor, StepFunction
 from hmoe_jax.exec.progress import prefill_progress
 from hmoe_jax.exec.quanta import DIVIDED, EVERYWHERE, Pass, QuantumPrograms
+from hmoe_jax.exec.quantum import NOWHERE, Choice, Quanta, Quantum, Room, run_out
 from hmoe_jax.exec.step import (
-    DeviceState,
     StepOutput,
+    layer_kinds,
     prefill,
     prefill_logits,
     prefill_scored,
@@ -48,24 +52,34 @@ from hmoe_jax.exec.step import (
     score,
 )
 from hmoe_jax.kernels.grouped.routes import SortedRoutes
+from hmoe_jax.kv.pages import copy_pages
 from hmoe_jax.nn.norm import rms_norm
 from hmoe_jax.perf.cost import prefill_cost, unpack_rows, used_share
 from hmoe_jax.perf.lanes import Recorder
 from hmoe_jax.sampling import SamplerState
 
+Value = TypeVar("Value")
+Part = Generator[Quantum, Room | None, Value]
+"""A part of `Quanta`."""
+
 LIKELY = 0.9
 """An expert is copied before its layer's router has chosen if it is at least so probable that some token chooses it."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Prompt:
-    """A piece of a prompt: its batch padded to whole blocks, on all devices."""
+    """A piece of a prompt: its batch padded to whole blocks, on all devices. `room` is what its next quantum has."""
 
     everywhere: PrefillBatch
     start: int
     length: int
-    block_len: int
+    block_lens: tuple[int, ...]
     num_guessed: int
+    room: Room | None = None
+
+    def pages(self, begin: int, end: int, page_size: int) -> Int32[np.ndarray, " p"]:
+        """Those that hold positions `begin .. end - 1`."""
+        return np.asarray(self.everywhere.table.addressable_data(0))[begin // page_size : -(-end // page_size)]
 
 
 class StreamExecutor(Executor):
@@ -85,7 +99,7 @@ class StreamExecutor(Executor):
         stream, store = plan.stream, backend.store
         assert stream is not None
         assert store is not None
-        self.stream, self._durations = stream, Durations(config, stream.rates)
+        self.stream, self._durations, self._pace = stream, Durations(config, stream.rates), Pace()
         self.recorder = Recorder()
         """Of the last prefill."""
         self.watches_computing = False
@@ -103,11 +117,11 @@ class StreamExecutor(Executor):
         # With several processes (`jax.distributed`) each runs the same quanta on devices of its own.
         local = [i for i, device in enumerate(stream.devices) if device.process_index == jax.process_index()]
         self._others = [stream.devices[i] for i in local if stream.devices[i] != plan.device]
+        self._is_apart = plan.device not in stream.devices
         self.lanes = {i: CopyLane(store, stream.devices[i], stream) for i in local}
         """By the places of this process's devices in the mesh."""
         self._everywhere = jax.tree.map(self._replicate, replace(weights, norm=None, head=None))
-        # Layers that differ in nothing but their numbers share programs.
-        self._kinds = [str(jax.tree.map(jax.typeof, layer)) for layer in weights.layers]
+        self._kinds = layer_kinds(weights)
         self._mirrors = self._copy_caches()
         self.quantum_programs = QuantumPrograms(config, self.layout, self._records, self._mesh, variant=stream.variant)
         self._running: deque[Array] = deque()
@@ -120,23 +134,65 @@ class StreamExecutor(Executor):
         """
         if len(batch.tokens) < self.stream.least_tokens:
             return (yield from super().quanta(function, batch))
-        with closing(self._streamed(function, batch)) as quanta, self._progress(batch) as advance:
+        num_layers = self.config.num_layers
+        room = yield Quantum("begin", 0, num_layers, 0.0, has_begun=False, is_elsewhere=self._is_apart)
+        prompt = self._prompt(batch, room)
+        yield from self._fetch_context(prompt)
+        if self._is_apart:
+            x, routes = yield from self._elsewhere(
+                self._shown(self._streamed(replace(prompt, room=None)), batch), prompt
+            )
+            yield from self._hand_over(prompt)
+        else:
+            x, routes = yield from self._shown(self._streamed(prompt), batch)
+        return self._finish(function, batch, *jax.device_put((x, routes), self._device))
+
+    def _shown(self, quanta: Quanta, batch: PrefillBatch) -> Quanta:
+        """With a progress bar."""
+        with closing(quanta), self._progress(batch) as advance:
+            room = None
             while True:
                 try:
-                    quantum = next(quanta)
+                    quantum = quanta.send(room)
                 except StopIteration as end:
                     return end.value
-                advance(quantum.predicted_s)
-                yield quantum
+                if quantum.has_begun:
+                    advance(quantum.predicted_s)
+                room = yield quantum
 
-    def _run_program(self, function: StepFunction, batch: PrefillBatch | DecodeBatch) -> Any:
-        self._mirrors_are_stale = True
-        return super()._run_program(function, batch)
+    def _elsewhere(self, quanta: Quanta, prompt: _Prompt) -> Quanta:
+        """On a thread and devices of their own."""
+        with closing(PrefillThread(quanta)) as thread:
+            while not thread.is_done(WAIT_S if prompt.room is None else 0.0):
+                thread.set_running(prompt.room != NOWHERE)  # it has a prompt's room of its own
+                quantum = Quantum("elsewhere", 0, self.config.num_layers, 0.0, has_begun=False, is_elsewhere=True)
+                prompt.room = yield quantum
+            return thread.result()
 
-    def _streamed(self, function: StepFunction, batch: PrefillBatch) -> Quanta:
-        prompt = self._prompt(batch)
-        if self._mirrors_are_stale and int(batch.start) > 0:  # it attends to what decoding may have written
-            self._mirrors = self._copy_caches()
+    def _hand_over(self, prompt: _Prompt) -> Part[None]:
+        """What the prompt left in the cache, to the device that decodes."""
+        pages = prompt.pages(prompt.start, prompt.start + prompt.length, self.layout.page_size)
+        for index, (cache, *_) in enumerate(self._mirrors):
+            yield from self._chosen("pages", index, prompt, [(0.0, None)], lambda _: None)
+            self._state.caches[index] = copy_pages(cache, self._state.caches[index], pages)
+            yield from self._copied(index, prompt, self._state.caches[index])
+
+    def _fetch_context(self, prompt: _Prompt) -> Part[None]:
+        """What the prompt looks back at, to the other devices: they have not seen what was computed in place."""
+        pages = prompt.pages(0, prompt.start, self.layout.page_size)
+        for index, mirrors in enumerate(self._mirrors if len(pages) and self._others else ()):
+            yield from self._chosen("pages", index, prompt, [(0.0, None)], lambda _: None)
+            mirrors[:] = [copy_pages(self._state.caches[index], mirror, pages) for mirror in mirrors]
+            yield from self._copied(index, prompt, mirrors)
+
+    def _copied(self, index: int, prompt: _Prompt, caches: Any) -> Part[None]:
+        """Pages of a layer are on their way; where others wait, they have come."""
+        if prompt.room is not None:
+            jax.block_until_ready(caches)
+        prompt.room = yield Quantum("pages", index, self.config.num_layers, 0.0)
+
+    def _streamed(self, prompt: _Prompt) -> Quanta:
+        """Its value: the activations after the last layer, and the expert ids of every MoE layer."""
         with ExitStack() as owned:
             self.recorder = owned.enter_context(Recorder(watches_computing=self.watches_computing))
             experts = ExpertStream(self.lanes, self._mesh, depth=self.stream.depth, recorder=self.recorder)
@@ -154,13 +210,23 @@ class StreamExecutor(Executor):
                 routes.append(_here(ids))
                 state = yield from self._groups(index, state, sorted_routes, prompt, experts)
                 state = yield from self._over_blocks("back", index, state, prompt)
-            return self._finish(function, batch, _here(state.x), routes)
+            return _here(state.x), routes
 
     def warm_up(self) -> list[Callable[[], object]]:
-        """One job for each size of batch; a streamed prompt's programs are compiled by running one."""
+        """One job for each size of batch; a streamed prompt's programs are compiled by running one, and so are those of
+        decode steps whose gaps prompts fill."""
         in_place = [size for size in self.buckets.prefill if size < self.stream.least_tokens]
         streamed = self.buckets.prefill[len(in_place) :]
-        return [*self._compilations(in_place), *(partial(self._warm_up_prefill, size) for size in streamed)]
+        filled = self.buckets.decode if self.stream.fills_gaps else ()
+        return [
+            *self._compilations(in_place),
+            *(partial(self._warm_up_prefill, size) for size in streamed),
+            *(partial(self.loop, self.empty_decode(size)) for size in filled),
+        ]
+
+    @property
+    def copied_bytes(self) -> int:
+        return sum(lane.num_bytes for lane in self.lanes.values())
 
     def reset(self) -> None:
         for array in jax.tree.leaves(self._mirrors):
@@ -175,21 +241,27 @@ class StreamExecutor(Executor):
             array.delete()
         super().close()
 
-    def _over_blocks(self, name: BlockName, index: int, state: Pass, prompt: _Prompt) -> Generator[Quantum, None, Pass]:
+    def _over_blocks(self, name: BlockName, index: int, state: Pass, prompt: _Prompt) -> Part[Pass]:
         layer, kind = self._everywhere.layers[index], self._kinds[index]
-        for first in range(0, prompt.length, prompt.block_len):
+        first = 0
+        while first < prompt.length:
+            blocks = [
+                (self._durations.block(name, size, prompt.start + first), size)
+                for size in prompt.block_lens
+                if first + size <= len(prompt.everywhere.tokens)
+            ]
+            predicted_s, size = yield from self._chosen(name, index, prompt, blocks, lambda size: size)
             operands = (layer, state, self._cache(index), prompt.everywhere)
-            state, cache = self.quantum_programs.block(
-                name, *operands, first=first, block_len=prompt.block_len, kind=kind
-            )
-            self._set_cache(index, cache)
-            context = prompt.start + first
-            yield self._started(name, index, self._durations.block(name, prompt.block_len, context))
+            with self._watch(name, size, predicted_s, prompt):
+                state, cache = self.quantum_programs.block(name, *operands, first=first, block_len=size, kind=kind)
+                self._set_cache(index, cache)
+            prompt.room = yield Quantum(name, index, self.config.num_layers, predicted_s)
+            first += size
         return state
 
     def _groups(
         self, index: int, state: Pass, routes: SortedRoutes, prompt: _Prompt, experts: ExpertStream
-    ) -> Generator[Quantum, None, Pass]:
+    ) -> Part[Pass]:
         layer, ahead = index - self.config.num_dense_layers, experts.ahead
         counts = np.diff(np.asarray(_here(routes.offsets)))
         owners = owned(self.config.num_experts, self._num_devices)
@@ -198,15 +270,22 @@ class StreamExecutor(Executor):
         for _ in range(len(ahead) + len(rest)):
             # The next copy is asked for before this group computes: on a GPU it would wait for what began before it.
             self._ask(experts, waiting)
-            while not experts.has_come(WAIT_S):
-                yield Quantum("copies", index, self.config.num_layers, 0.0)
+            while not experts.has_come(WAIT_S if prompt.room is None else 0.0):
+                prompt.room = yield Quantum("copies", index, self.config.num_layers, 0.0, has_begun=False)
             group, records = experts.take()
             done: Any = records
             try:
-                for tile in tiles(counts, group, **self._tile_sizes):
-                    state = self._add_tile(tile, group, state, routes, records)
+                rows = GroupCover(counts, group, **self._tile_sizes)
+                while choices := rows.choices(is_hurried=prompt.room is not None):
+                    timed = [(self._durations.tile(*tile.shape), tile) for tile in choices]
+                    predicted_s, tile = yield from self._chosen(
+                        "experts", index, prompt, timed, lambda tile: tile.shape
+                    )
+                    rows.cover(tile)
+                    with self._watch("experts", tile.shape, predicted_s, prompt):
+                        state = self._add_tile(tile, group, state, routes, records)
                     done = self.quantum_programs.done
-                    yield self._started("experts", index, self._durations.tile(tile.rows, tile.slots.shape[1]))
+                    prompt.room = yield Quantum("experts", index, self.config.num_layers, predicted_s)
             finally:
                 experts.computing(done)
         self._ask(experts, waiting)
@@ -217,13 +296,38 @@ class StreamExecutor(Executor):
         experts = np.where(tile.slots == NOBODY, NOBODY, np.take_along_axis(group.experts, places, axis=1))
         return self.quantum_programs.tile(state, routes, experts, places, records, first=tile.first, rows=tile.rows)
 
-    def _started(self, name: str, index: int, predicted_s: float) -> Quantum:
-        """Waits until few enough quanta are under way that cancelling leaves the devices little to finish."""
+    def _chosen(
+        self,
+        name: str,
+        index: int,
+        prompt: _Prompt,
+        choices: list[tuple[float, Choice]],
+        size: Callable[[Choice], Hashable],
+    ) -> Part[tuple[float, Choice]]:
+        """The first choice where nobody waits; else, once there is one, what fits the room by what is known by now of
+        the device's speed with quanta of its `size`."""
+        while prompt.room is not None:
+            expected = [(self._pace.expected(name, size(each), seconds), (seconds, each)) for seconds, each in choices]
+            fitting = prompt.room.choose(expected)
+            if fitting is not None:
+                return fitting[1]
+            prompt.room = yield Quantum("room", index, self.config.num_layers, 0.0, has_begun=False)
+        return choices[0]
+
+    @contextmanager
+    def _watch(self, name: str, size: Hashable, predicted_s: float, prompt: _Prompt) -> Iterator[None]:
+        """Around the start of a quantum. Waits until it is over where others wait; else until few enough are under way
+        that cancelling leaves the devices little to finish."""
+        if prompt.room is not None:
+            jax.block_until_ready([self._running.popleft() for _ in range(len(self._running))])
+        begin = time.perf_counter()
+        yield
         self.recorder.computing(name, self.quantum_programs.done)
         self._running.append(self.quantum_programs.done)
-        if len(self._running) > MAX_RUNNING:
+        if len(self._running) > (MAX_RUNNING if prompt.room is None else 0):
             self._running.popleft().block_until_ready()
-        return Quantum(name, index, self.config.num_layers, predicted_s, self.quantum_programs.done)
+        if prompt.room is not None:
+            self._pace.learn(name, size, predicted_s, time.perf_counter() - begin)
 
     def _ask(self, experts: ExpertStream, waiting: deque[Group]) -> None:
         while waiting and len(experts.ahead) < self.stream.depth - 1:
@@ -243,16 +347,20 @@ class StreamExecutor(Executor):
         if key not in self._tails:
             tail = partial(_TAILS[function], self.config)
             self._tails[key] = jax.jit(tail, donate_argnums=1).lower(*operands).compile()
-        output, sampler = self._tails[key](*operands)
-        self._state = DeviceState(self._state.caches, sampler)
+        output, self._state.sampler = self._tails[key](*operands)
         return output
 
     def _warm_up_prefill(self, size: int) -> None:
-        """Runs a token of nobody's, and the tiles that it did not need."""
+        """Runs a token of nobody's, and the blocks and tiles that it did not need."""
         for function in (prefill, prefill_scored):
             self.run(function, self.empty_prefill(size))
         prompt = self._prompt(self.empty_prefill(size))
+        run_out(self._fetch_context(replace(prompt, start=1)))
         state = self.quantum_programs.begin(self._everywhere.embed, prompt.everywhere)
+        for index in {kind: index for index, kind in enumerate(self._kinds)}.values():
+            names: tuple[BlockName, ...] = ("dense",) if index < self.config.num_dense_layers else ("front", "back")
+            for name, shorter in itertools.product(names, prompt.block_lens[1:]):
+                state = run_out(self._over_blocks(name, index, state, replace(prompt, block_lens=(shorter,))))
         state, routes, _ = self.quantum_programs.sort(state)
         nobody = np.full((self._num_devices, self.stream.group_size), NOBODY, np.int32)
         part_rows = next(iter(self.lanes.values())).source.part_rows
@@ -260,19 +368,19 @@ class StreamExecutor(Executor):
         records = (jax.device_put(part, NamedSharding(self._mesh, DIVIDED)),) * (self.stream.group_size // part_rows)
         for rows, width in itertools.product(self.stream.tile_rows, self.stream.widths):
             if rows < 2 * len(state.x) or rows == self.stream.tile_rows[0]:  # an expert has no more rows
-                tile = Tile(0, rows, nobody[:, :width])
+                slots = nobody[:, :width]
+                tile = Tile(np.zeros_like(slots), rows, slots)
                 state = self._add_tile(tile, Group(0, nobody), state, routes, records)
 
-    def _prompt(self, batch: PrefillBatch) -> _Prompt:
-        """Blocks are of equal length, which the devices divide."""
-        block_len = min(self.stream.block_len, len(batch.tokens))
-        block_len = -(-block_len // self._num_devices) * self._num_devices
-        missing = -len(batch.tokens) % block_len
+    def _prompt(self, batch: PrefillBatch, room: Room | None = None) -> _Prompt:
+        """Blocks have one of few lengths; the longest divides the padded batch: so some block always fits the rest."""
+        block_lens = self.stream.block_lens(len(batch.tokens), self._num_devices)
+        missing = -len(batch.tokens) % block_lens[0]
         tokens, targets = (np.pad(each, (0, missing)) for each in (batch.tokens, batch.targets))
         padded = replace(batch, tokens=tokens, targets=targets)
         everywhere = jax.device_put(padded, NamedSharding(self._mesh, EVERYWHERE))
         start, length = int(batch.start), int(batch.length)
-        return _Prompt(everywhere, start, length, block_len, self._num_guessed(start, length))
+        return _Prompt(everywhere, start, length, block_lens, self._num_guessed(start, length), room)
 
     def _num_guessed(self, start: int, length: int) -> int:
         """Groups of a layer that are copied by number, before its router has chosen.
@@ -291,25 +399,28 @@ class StreamExecutor(Executor):
         return prefill_progress(cost.front_s + cost.experts_s, num_tokens=num_tokens, expected_s=cost.seconds)
 
     def _replicate(self, array: Array) -> Array:
-        """On every device: this process's first one keeps the array itself."""
-        return self._join([array, *(jax.device_put(array, device) for device in self._others)])
+        """On every device: the one that decodes keeps the array itself."""
+        return self._join(self._own(array) + [jax.device_put(array, device) for device in self._others])
+
+    def _own(self, array: Array) -> list[Array]:
+        """The array of the device that decodes, if prompts are computed there too."""
+        return [] if self._is_apart else [array]
 
     def _join(self, copies: list[Array]) -> Array:
         return jax.make_array_from_single_device_arrays(copies[0].shape, NamedSharding(self._mesh, EVERYWHERE), copies)
 
     def _copy_caches(self) -> list[list[Array]]:
         """The caches of the other devices. Decoding writes to the first one's alone."""
-        self._mirrors_are_stale = False
         return [[jax.device_put(cache, device) for device in self._others] for cache in self._state.caches]
 
     def _cache(self, index: int) -> Array:
-        return self._join([self._state.caches[index], *self._mirrors[index]])
+        return self._join(self._own(self._state.caches[index]) + self._mirrors[index])
 
     def _set_cache(self, index: int, cache: Array) -> None:
         shards = {shard.device: shard.data for shard in cache.addressable_shards}
-        first, self._mirrors[index] = shards[self._device], [shards[device] for device in self._others]
-        caches = self._state.caches
-        self._state = DeviceState((*caches[:index], first, *caches[index + 1 :]), self._state.sampler)
+        self._mirrors[index] = [shards[device] for device in self._others]
+        if not self._is_apart:
+            self._state.caches[index] = shards[self._device]
 
 
 def _here(array: Array) -> Array:

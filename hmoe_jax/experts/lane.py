@@ -45,6 +45,10 @@ class ExpertLane:
         """Writes a job's result to `out`. Raises `ValueError` if it failed, or is not done within the patience."""
         self.native.wait(slot, ticket, out)
 
+    def is_done(self, slot: int, ticket: int) -> bool:
+        """Whether `wait` would return at once."""
+        return self.native.is_done(slot, ticket)
+
     def check(self) -> None:
         """Raises `ValueError` for a job of a program on a GPU that failed since this was last asked."""
         self.native.check()

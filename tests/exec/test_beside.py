@@ -14,7 +14,7 @@ from hmoe_jax.exec.batch import DecodeRow, decode_batch, prefill_batch
 from hmoe_jax.exec.open import open_executor
 from hmoe_jax.exec.plan import EngineOptions
 from hmoe_jax.exec.programs import Executor
-from hmoe_jax.exec.step import decode_logits, decode_logits_beside, prefill
+from hmoe_jax.exec.step import decode_in_one, decode_in_two, decode_logits, decode_logits_beside, prefill
 from tests.serving import assert_idle, drawn, tokens
 from tests.tiny import random_ids, write_tiny
 
@@ -61,6 +61,59 @@ def test_logits_are_those_of_experts_inside_the_program_bit_for_bit(executor: Ex
     for _ in range(3):
         beside = np.asarray(executor.run(decode_logits_beside, batch))[:num_rows]
         np.testing.assert_array_equal(beside, inside)
+
+
+@pytest.mark.parametrize(("num_rows", "num_parts"), [(1, 1), (3, 1), (4, 2)])
+def test_the_loop_on_the_host_gives_the_bits_of_the_compiled_step(
+    executor: Executor, num_rows: int, num_parts: int
+) -> None:
+    rows = [DecodeRow(3 + i, CONTEXT + 7 * i, slot=i, pages=pages(i)) for i in range(num_rows)]
+    size = executor.buckets.for_decode(num_rows)
+    batch = decode_batch(rows, executor.layout, size=size, num_slots=executor.num_slots)
+    outcomes, gaps = [], []
+
+    def look(seconds: float) -> bool:
+        gaps.append(seconds)
+        return False
+
+    for run in (
+        lambda: executor.run(decode_in_two if num_parts == 2 else decode_in_one, batch),
+        lambda: executor.loop(batch, num_parts=num_parts, meanwhile=look),
+    ):
+        executor.reset()
+        fill(executor)
+        output = run()
+        outcomes.append(jax.device_get((output.sampled, output.routes, executor._state.taken.caches)))
+    jax.tree.map(np.testing.assert_array_equal, *outcomes)
+    assert len(gaps) <= num_parts * executor.config.num_moe_layers
+    assert max(gaps, default=0.0) < 1.0
+
+
+def test_what_runs_in_the_gaps_of_a_step_changes_nothing_of_it(
+    executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt of somebody else's, piece by piece, through the same caches."""
+    monkeypatch.setattr(executor.lane, "is_done", lambda *_: False)  # asks even if the experts were faster
+    rows = [DecodeRow(3 + i, CONTEXT + 7 * i, slot=i, pages=pages(i)) for i in range(3)]
+    batch = decode_batch(rows, executor.layout, size=4, num_slots=executor.num_slots)
+    prompt = prefill_batch([5, 6, 7], executor.layout, size=3, slot=3, pages=pages(3), is_last=True)
+    outcomes = []
+    for count in (0, 3):
+        left = iter(range(count))
+
+        def meanwhile(seconds: float, left: Iterator[int] = left) -> bool:
+            if next(left, None) is None:
+                return False
+            executor.run(prefill, prompt)
+            return True
+
+        executor.reset()
+        fill(executor)
+        output = executor.step(batch, meanwhile=meanwhile)
+        assert next(left, None) is None
+        caches = [np.delete(np.asarray(cache), pages(3), axis=0)[1:] for cache in executor._state.caches]
+        outcomes.append(jax.device_get((output.sampled, output.routes, caches)))
+    jax.tree.map(np.testing.assert_array_equal, *outcomes)
 
 
 def test_the_program_gives_the_lane_both_parts_before_it_waits_for_one(executor: Executor) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hmoe_jax.config import read_config
-from hmoe_jax.exec.durations import Durations
+from hmoe_jax.exec.durations import Durations, Pace
 from hmoe_jax.exec.passes import stream_sizes
 from hmoe_jax.perf.cost import prefill_cost
 from hmoe_jax.perf.machines import GPUS, sheet_rates
@@ -39,3 +39,16 @@ def test_a_prompt_of_deepseek_v3_is_cancelled_in_a_tenth_of_a_second(gpu: str, p
     slower = {name: part * getattr(sheet, name) for name in ("linear_tflops", "grouped_tflops", "attention_tflops")}
     rates = replace(sheet, **slower, unpack_gbps=part * sheet.unpack_gbps)
     assert Durations(DEEPSEEK_V3, rates).cancelling(sizes, 32768) < 0.1
+
+
+def test_the_pace_is_what_was_measured_of_a_size_and_else_of_its_kind() -> None:
+    pace = Pace()
+    assert pace.expected("front", 64, 2.0) == 2.0
+    pace.learn("front", 64, 2.0, 6.0)
+    assert pace.expected("front", 64, 1.0) == pytest.approx(3.0)
+    assert pace.expected("front", 256, 4.0) == pytest.approx(12.0)
+    assert pace.expected("experts", (16, 4), 1.0) == 1.0
+    for _ in range(100):
+        pace.learn("front", 256, 4.0, 4.0)
+    assert pace.expected("front", 256, 4.0) == pytest.approx(4.0, rel=1e-3)
+    assert pace.expected("front", 64, 1.0) == pytest.approx(3.0)

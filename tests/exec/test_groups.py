@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hmoe_jax.exec.copies import NOBODY, Group
-from hmoe_jax.exec.groups import Tile, choose, guess, owned, tiles
+from hmoe_jax.exec.groups import GroupCover, Tile, choose, guess, owned
 from hmoe_jax.exec.passes import tile_rows
 
 
@@ -58,21 +60,37 @@ def padded_rows(cover: list[Tile]) -> int:
     return sum(tile.rows * tile.slots.size for tile in cover)
 
 
-@given(counts=st.lists(st.integers(0, 3000), min_size=12, max_size=12), num_unused=st.integers(0, 3))
-def test_tiles_hold_every_row_once(counts: list[int], num_unused: int) -> None:
+def tiles(
+    counts: Sequence[int], group: Group, hurry: Sequence[float] = (0.0,), *, widths: tuple[int, ...] = WIDTHS
+) -> list[Tile]:
+    """Each tile is the choice that is so far down the list: 0 is the best, 1 the last."""
+    cover = GroupCover(np.array(counts), group, rows=ROWS, widths=widths, unpack_rows=256)
+    taken: list[Tile] = []
+    while choices := cover.choices(is_hurried=any(hurry)):
+        taken.append(choices[round(hurry[len(taken) % len(hurry)] * (len(choices) - 1))])
+        cover.cover(taken[-1])
+    return taken
+
+
+@given(
+    counts=st.lists(st.integers(0, 3000), min_size=12, max_size=12),
+    num_unused=st.integers(0, 3),
+    hurry=st.lists(st.sampled_from([0.0, 0.3, 0.7, 1.0]), min_size=1, max_size=5),
+)
+def test_tiles_hold_every_row_once(counts: list[int], num_unused: int, hurry: list[float]) -> None:
     group = Group(0, np.arange(12, dtype=np.int32).reshape(2, 6))
     group.experts[1, 6 - num_unused :] = NOBODY
     seen = np.zeros(12, int)
-    for tile in tiles(np.array(counts), group, rows=ROWS, widths=WIDTHS, unpack_rows=256):
+    for tile in tiles(counts, group, hurry):
         assert tile.rows in ROWS
         assert tile.slots.shape[1] in WIDTHS
-        for slots, experts in zip(tile.slots, group.experts, strict=True):
+        for slots, first, experts in zip(tile.slots, tile.first, group.experts, strict=True):
             used = slots[slots != NOBODY]
             assert len(set(used.tolist())) == len(used)
             if len(slots) == 6:  # the whole group, in place
                 assert (used == np.flatnonzero(slots != NOBODY)).all()
-            for expert in experts[used]:
-                assert seen[expert] == tile.first  # rows follow each other
+            for expert, row in zip(experts[used], first[slots != NOBODY], strict=True):
+                assert seen[expert] == row  # rows follow each other
                 seen[expert] += tile.rows
     present = [e for e in group.experts.flat if e != NOBODY]
     assert all(seen[e] >= counts[e] for e in present)
@@ -85,15 +103,15 @@ def test_padding_is_a_small_part_of_skewed_routing(exponent: float) -> None:
     counts = np.random.default_rng(0).multinomial(16384 * 8, share / share.sum())
     groups = choose(0, counts, owned(256, 1), size=16, ahead=[])
     widths = (1, 4, 16)
-    total = sum(padded_rows(tiles(counts, group, rows=ROWS, widths=widths, unpack_rows=256)) for group in groups)
+    total = sum(padded_rows(tiles(counts, group, widths=widths)) for group in groups)
     assert counts.sum() <= total <= 1.3 * counts.sum()
     # Groups by number, which are copied before the routing is known, hold busy and idle experts together.
     by_number = guess(0, owned(256, 1), size=16, count=16)
     shuffled = np.random.default_rng(1).permutation(counts)
-    total = sum(padded_rows(tiles(shuffled, group, rows=ROWS, widths=widths, unpack_rows=256)) for group in by_number)
+    total = sum(padded_rows(tiles(shuffled, group, widths=widths)) for group in by_number)
     assert total <= 2 * counts.sum()
 
 
 def test_a_group_of_nobody_needs_no_tiles() -> None:
     nobody = Group(0, np.full((2, 6), NOBODY, np.int32))
-    assert tiles(np.array([4, 4]), nobody, rows=ROWS, widths=WIDTHS, unpack_rows=256) == []
+    assert tiles([4, 4], nobody) == []

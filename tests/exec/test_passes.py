@@ -12,6 +12,7 @@ from hmoe_jax.config import parse_config, read_config
 from hmoe_jax.exec.open import open_executor
 from hmoe_jax.exec.passes import (
     MIN_DEPTH,
+    StreamSizes,
     block_bytes,
     group_bytes,
     stream_sizes,
@@ -66,6 +67,22 @@ def test_tiles_of_smaller_groups_are_longer(group_size: int) -> None:
     assert rows[0] == 16
     assert rows[-1] * group_size == 8192
     assert all(1 < b / a <= 2 for a, b in itertools.pairwise(rows))
+
+
+@pytest.mark.parametrize("fills_gaps", [False, True])
+@pytest.mark.parametrize("num_devices", [1, 2, 3])
+@pytest.mark.parametrize(("block_len", "num_tokens"), [(1000, 512), (640, 640), (1024, 600), (16, 5), (1, 1)])
+def test_blocks_of_any_lengths_cover_a_prompt(
+    block_len: int, num_tokens: int, num_devices: int, fills_gaps: bool
+) -> None:
+    sizes = StreamSizes(
+        group_size=1, pass_len=1024, depth=3, tile_rows=(16,), block_len=block_len, fills_gaps=fills_gaps
+    )
+    lens = sizes.block_lens(num_tokens, num_devices)
+    assert all(longer % shorter == 0 for longer, shorter in itertools.pairwise(lens))
+    assert all(each % num_devices == 0 for each in lens)
+    assert len(lens) == (3 if fills_gaps else 1)
+    assert min(block_len, num_tokens) <= lens[0] < min(block_len, num_tokens) + 16 * num_devices
 
 
 def test_programs_keep_to_the_bytes_that_the_plan_counts(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from hmoe_jax.exec.batch import prefill_batch
 from hmoe_jax.exec.open import open_executor
 from hmoe_jax.exec.plan import EngineOptions
 from hmoe_jax.exec.quanta import QuantumPrograms
+from hmoe_jax.exec.quantum import NOWHERE, Room
 from hmoe_jax.exec.score import Scorer, load_for_scoring
 from hmoe_jax.exec.step import prefill, prefill_logits, prefill_scored
 from hmoe_jax.experts.store import ExpertStore
@@ -66,6 +68,35 @@ def check(reference: Reference, name: str, *, length: int = LONG, piece: int = 0
 @pytest.mark.parametrize("name", ["deepseek", "halves", "factor"])
 def test_every_architecture_equals_the_graph_executor(reference: Reference, name: str) -> None:
     check(reference, name)
+
+
+ROOMS = {"short": [Room(0.0, late_s=math.inf)], "any": [None, Room(), Room(0.0, late_s=math.inf), NOWHERE]}
+
+
+@pytest.mark.parametrize("rooms", ROOMS)
+@pytest.mark.parametrize(("num_devices", "block_len"), [(1, 256), (1, 250), (2, 256)])
+def test_parts_of_any_size_give_the_same_prompt(
+    reference: Reference, rooms: str, num_devices: int, block_len: int
+) -> None:
+    folder, expected = reference("deepseek")
+    ids, give = random_ids("deepseek", LONG).tolist(), itertools.cycle(ROOMS[rooms])
+    with streaming(folder, num_devices=num_devices, block_len=block_len, fills_gaps=True, group_size=3) as executor:
+        batch, names = prefill_batch(ids, executor.layout, size=LONG, pages=range(1, 9)), []
+        quanta = executor.quanta(prefill_logits, batch)
+        next(quanta)
+        while True:
+            try:
+                quantum = quanta.send(next(give))
+            except StopIteration as end:
+                logits = np.asarray(end.value)
+                break
+            names.append(quantum.name)
+            assert quantum.has_begun == (quantum.name not in ("room", "copies"))
+        bound = relative_error(executor.config, "float32", num_tokens=LONG)
+    assert_close(logits, expected, bound)
+    assert ("room" in names) == (rooms == "any")
+    if rooms == "short":
+        assert names.count("front") == -(-LONG // 16) * executor.config.num_moe_layers
 
 
 @pytest.mark.parametrize("length", [1, 7])

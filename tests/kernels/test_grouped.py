@@ -31,7 +31,9 @@ def run(variant: str, experts: ExpertArrays, batch: Batch, groups: list[list[int
             chosen, first = jnp.array(group, jnp.int32), 0
             stack = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], experts)
             for rows in tiles:
-                places = group_rows(routes, chosen, jnp.int32(first), capacity=rows, num_tokens=len(hidden))
+                places = group_rows(
+                    routes, chosen, jnp.full(len(chosen), first, jnp.int32), capacity=rows, num_tokens=len(hidden)
+                )
                 routed = VARIANTS[variant](routed, hidden, places, stack)
                 first += rows
         return routed
@@ -97,7 +99,7 @@ def test_compiled_operations_are_those_of_the_rows() -> None:
     places = group_rows(
         sort_routes(jnp.zeros((512, 2), jnp.int32), jnp.zeros((512, 2), jnp.float32), num_experts=8),
         jnp.arange(8, dtype=jnp.int32),
-        jnp.int32(0),
+        jnp.zeros(8, jnp.int32),
         capacity=128,
         num_tokens=512,
     )

@@ -41,11 +41,11 @@ def sort_routes(ids: Int32[Array, "t k"], weights: Float32[Array, "t k"], *, num
 
 
 def group_rows(
-    routes: SortedRoutes, experts: Int32[Array, " g"], first: Int32[Array, ""], *, capacity: int, num_tokens: int
+    routes: SortedRoutes, experts: Int32[Array, " g"], first: Int32[Array, " g"], *, capacity: int, num_tokens: int
 ) -> GroupRows:
     """The tokens `first .. first + capacity - 1` of each of these experts; expert -1 has none."""
-    places = first + jnp.arange(capacity, dtype=jnp.int32)
-    begin, end = routes.offsets[experts], routes.offsets[experts + 1]
+    places = jnp.arange(capacity, dtype=jnp.int32)
+    begin, end = routes.offsets[experts] + first, routes.offsets[experts + 1]
     slots = begin[:, None] + places
     is_used = (slots < end[:, None]) & (experts >= 0)[:, None]
     nobody = num_tokens + jnp.arange(slots.size, dtype=jnp.int32).reshape(slots.shape)
