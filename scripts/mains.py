@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,13 @@ def print_json(record: Mapping[str, Any]) -> None:
     """One line, if `--json` was given."""
     if JSON.value:
         print(json.dumps(record))
+
+
+def titled_table(setting: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> str:
+    """Markdown: the setting in a line, then cells by the names of their columns, which are the first row's."""
+    title = ", ".join(f"{name} {value}" for name, value in setting.items())
+    head, *body = [f"| {' | '.join(cells)} |" for cells in (rows[0].keys(), *(row.values() for row in rows))]
+    return "\n".join([title, "", head, f"|{'---:|' * len(rows[0])}", *body, ""])
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -10,11 +10,17 @@ from typing import Any
 
 import jax
 
-from hmoe_jax.exec.batch import DecodeRow, decode_batch
+from hmoe_jax.exec.batch import DecodeBatch, DecodeRow, decode_batch
 from hmoe_jax.exec.programs import Executor
 from hmoe_jax.exec.step import decode_in_one, decode_in_two
 
-WAYS: dict[str, Callable[..., Any]] = {"one": decode_in_one, "two": decode_in_two}
+WAYS: dict[str, Callable[[Executor, DecodeBatch], Any]] = {
+    "one": lambda executor, batch: executor.run(decode_in_one, batch),
+    "two": lambda executor, batch: executor.run(decode_in_two, batch),
+    "loop_one": lambda executor, batch: executor.loop(batch, num_parts=1),
+    "loop_two": lambda executor, batch: executor.loop(batch, num_parts=2),
+}
+"""In one compiled program, or in a loop on the host; in one part, in which the two sides take turns, or in two."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,17 @@ class Comparison:
     num_rounds: int
     one: Step
     two: Step
+    loop_one: Step
+    loop_two: Step
 
     @property
     def speedup(self) -> float:
         return self.one.seconds / self.two.seconds
+
+    @property
+    def loop_s(self) -> float:
+        """What the loop on the host adds to a step in one part: dispatches, and the host's own work."""
+        return self.loop_one.seconds - self.one.seconds
 
     @property
     def experts_share(self) -> float:
@@ -69,12 +82,11 @@ def compare(executor: Executor, *, batch: int, context: int, num_rounds: int) ->
 
     def step(name: str) -> Step:
         inputs = decode_batch(rows(), executor.layout, size=batch, num_slots=executor.num_slots)
-        lane = executor.lane
-        assert lane is not None
-        lane.take_busy_s()
-        begin = time.perf_counter()
-        jax.block_until_ready(executor.run(WAYS[name], inputs))
-        return Step(time.perf_counter() - begin, lane.take_busy_s())
+        stats = executor.expert_stats
+        assert stats is not None
+        before, begin = stats().seconds, time.perf_counter()
+        jax.block_until_ready(WAYS[name](executor, inputs))
+        return Step(time.perf_counter() - begin, stats().seconds - before)
 
     for name in WAYS:
         step(name)  # compiles

@@ -21,6 +21,8 @@ def test_both_ways_are_timed_and_set_beside_the_ideal(model: str, cache: Path, t
     one, two = measured["one"], measured["two"]
     assert 0 < one["experts_s"] < one["seconds"]
     assert 0 < two["experts_s"] < two["seconds"]
+    assert measured["loop_s"] == pytest.approx(measured["loop_one"]["seconds"] - one["seconds"])
+    assert 0 < measured["loop_two"]["experts_s"] < measured["loop_two"]["seconds"]
     assert measured["speedup"] == pytest.approx(one["seconds"] / two["seconds"])
     assert 1 <= measured["ideal"] <= 2
     assert "| 2 | 40 |" in (tmp_path / "table.md").read_text()
