@@ -151,7 +151,9 @@ void BindExpertLane(nb::module_& m) {
       .def("wait", &PyExpertLane::Wait, "slot"_a, "ticket"_a, "out"_a.noconvert())
       .def("is_done", &PyExpertLane::IsDone, "slot"_a, "ticket"_a)
       .def("check", &PyExpertLane::CheckFailure)
-      .def("take_busy_s", &PyExpertLane::TakeBusySeconds)
+      .def("jobs", &PyExpertLane::Jobs)
+      .def_prop_ro("busy_s", &PyExpertLane::BusySeconds)
+      .def_prop_ro("waited_s", &PyExpertLane::WaitedSeconds)
       .def("close", &PyExpertLane::Close)
       .def_prop_ro("id", &PyExpertLane::id);
 }

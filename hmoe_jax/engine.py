@@ -17,6 +17,7 @@ from hmoe_jax.chat import ChatTemplate
 from hmoe_jax.clock import Clock, steady
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.core import ConfigError
+from hmoe_jax.exec.activity import Activity
 from hmoe_jax.exec.cache import enable_compilation_cache
 from hmoe_jax.exec.open import open_executor
 from hmoe_jax.exec.plan import engine_options
@@ -189,7 +190,7 @@ class Engine:
     def metrics(self) -> EngineMetrics:
         """Counts since the engine was opened, and what it holds now; from any thread, without waiting for a step."""
         server, scheduler = self._loop.server, self._scheduler
-        meters, stats = server.meters, self.expert_stats()
+        meters, stats, lane = server.meters, self.expert_stats(), self._executor.lane
         return EngineMetrics(
             num_running=scheduler.num_running,
             num_waiting=server.num_waiting,
@@ -202,8 +203,15 @@ class Engine:
             expert_bytes=stats.expert_bytes if stats else 0,
             expert_gbps=stats.gbps if stats else 0.0,
             copied_bytes=self._executor.copied_bytes,
+            experts_busy_s=lane.busy_s if lane else 0.0,
+            experts_waited_s=lane.waited_s if lane else 0.0,
             **meters.snapshot(),
         )
+
+    def activity(self) -> Activity:
+        """What device and CPU did when, in the last decode steps, and in the last prompt that was computed in their
+        gaps. Nothing unless the executor is "overlap". From any thread."""
+        return self._executor.activity()
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """The output so far after every step; the last one is finished. Closing the iterator aborts the request.

@@ -75,7 +75,8 @@ class EngineMetrics:
     to the last token; `queue`: from arrival until the prompt was begun. `routing_counts[l, e]`: how many tokens MoE
     layer l sent to expert e. `expert_bytes` were read by the CPU's kernels, at `expert_gbps` while they computed; 0
     where XLA computes the experts. `copied_bytes` of experts were sent to devices, for prompts. `decode_s` is the time
-    of `num_decode_steps` steps.
+    of `num_decode_steps` steps, in which executor "overlap" computed routed experts beside the device's programs for
+    `experts_busy_s`, and these waited for `experts_waited_s`.
     """
 
     num_running: int
@@ -103,6 +104,18 @@ class EngineMetrics:
     expert_bytes: int = 0
     expert_gbps: float = 0.0
     copied_bytes: int = 0
+    experts_busy_s: float = 0.0
+    experts_waited_s: float = 0.0
+
+    @property
+    def overlap_efficiency(self) -> float:
+        """Of decode steps: the busier side's time over all time, 1 where the other is wholly hidden behind it.
+
+        0.0 where experts are computed inside the device's programs (other executors than "overlap").
+        """
+        if not self.experts_busy_s or not self.decode_s:
+            return 0.0
+        return max(self.experts_busy_s, self.decode_s - self.experts_waited_s) / self.decode_s
 
     @property
     def prefix_hit_rate(self) -> float:

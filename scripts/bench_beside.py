@@ -17,6 +17,7 @@ from companions.picture import draw
 from companions.timing import Load, Measured, measure
 from flags import MODEL, engine_options
 from mains import make_folder, print_json, run_main, titled_table, write_atomically
+from serving.picture import draw_timeline
 
 from hmoe_jax.engine import Engine
 from hmoe_jax.kernels.pool import cpu_name
@@ -44,6 +45,7 @@ def main() -> None:
         load = Load(batch=batch, context=_CONTEXT.value, prompt_len=_PROMPT_LEN.value)
         with Engine(MODEL.value, max_num_seqs=batch + 1, skip_tokenizer_init=True, **wishes) as engine:
             measured.append(measure(engine, load, num_rounds=_ROUNDS.value, num_steps=_STEPS.value))
+            activity = engine.activity()
     setting = {
         "model": Path(MODEL.value).name,
         "cpu": cpu_name(),
@@ -57,6 +59,7 @@ def main() -> None:
     write_atomically(out / "table.md", text)
     write_atomically(out / "results.json", json.dumps(results) + "\n")
     write_atomically(out / "traffic.png", draw(measured[-1]))
+    write_atomically(out / "timeline.png", draw_timeline(activity, title="Decode steps beside a prompt"))
     print_json(setting | {"beside": [_figures(each) for each in measured]})
 
 

@@ -11,6 +11,7 @@ import asyncio
 import json
 import math
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from flags import MODEL, engine_options
 from mains import make_folder, print_json, run_main, write_atomically
 from serving import report
 from serving.drive import drive
+from serving.picture import draw_load, draw_timeline
 from serving.workload import Ask, Lengths, agent_asks, arrive, random_asks, real_asks
 
 from hmoe_jax.async_engine import AsyncEngine
 from hmoe_jax.engine import Engine
+from hmoe_jax.exec.activity import Activity
 from hmoe_jax.kernels.pool import cpu_name
 from hmoe_jax.meters import EngineMetrics
 from hmoe_jax.sampling_params import SamplingParams
@@ -51,16 +54,23 @@ def main() -> None:
     out, limits = make_folder(Path(_OUT.value)), report.parse_goodput(_GOODPUT.value)
     wishes = engine_options() | {"max_num_seqs": _MAX_NUM_SEQS.value, "enable_prefix_caching": _CACHING.value}
     engine = Engine(MODEL.value, **wishes)
-    runs = asyncio.run(_run_all(engine, _asks(engine), limits))
+    runs, activity = asyncio.run(_run_all(engine, _asks(engine), limits))
+    title = f"{Path(MODEL.value).name}, {_DATASET.value}, executor {engine.plan.executor}"
+    pictures = {"load.png": draw_load(runs, title=title)}
+    if activity.device:
+        pictures["timeline.png"] = draw_timeline(activity, title=title)
+    for name, picture in pictures.items():
+        write_atomically(out / name, picture)
     results = {"model": Path(MODEL.value).name, "cpu": cpu_name(), "dataset": _DATASET.value, "runs": runs}
     write_atomically(out / "results.json", json.dumps(results) + "\n")
-    print(f"\nwritten to {out}: results.json")
+    print(f"\nwritten to {out}: results.json, {', '.join(pictures)}")
     print_json(
         {**results, "runs": [{name: value for name, value in run.items() if name != "requests"} for run in runs]}
     )
 
 
-async def _run_all(engine: Engine, asks: list[Ask], limits: dict[str, float]) -> list[dict[str, Any]]:
+async def _run_all(engine: Engine, asks: list[Ask], limits: dict[str, float]) -> tuple[list[dict[str, Any]], Activity]:
+    """A record of each run, and what the engine did in the end."""
     runs = []
     async with AsyncEngine(engine) as served:
         for number, rate in enumerate(_RATE.value):
@@ -75,7 +85,7 @@ async def _run_all(engine: Engine, asks: list[Ask], limits: dict[str, float]) ->
             print(", ".join(f"{name} {value:.3g}" for name, value in counted.items()))
             setting = {"request_rate": rate if math.isfinite(rate) else "inf", "max_concurrency": _CONCURRENCY.value}
             runs.append(setting | counted | report.record(summary, results))
-    return runs
+        return runs, engine.activity()
 
 
 def _sender(engine: AsyncEngine, salt: str) -> Any:
@@ -114,10 +124,13 @@ def _counted(before: EngineMetrics, after: EngineMetrics) -> dict[str, float]:
     """What the engine itself counted meanwhile."""
     wanted = after.num_wanted_tokens - before.num_wanted_tokens
     steps = after.num_decode_steps - before.num_decode_steps
+    summed = ("decode_s", "experts_busy_s", "experts_waited_s")
+    meanwhile = replace(after, **{name: getattr(after, name) - getattr(before, name) for name in summed})
     return {
         "prefix_hit_rate": (after.num_cached_tokens - before.num_cached_tokens) / max(wanted, 1),
         "preemptions": after.num_preemptions - before.num_preemptions,
         "sequences_per_step": (after.itl.num - before.itl.num) / max(steps, 1),
+        "overlap_efficiency": meanwhile.overlap_efficiency,
     }
 
 

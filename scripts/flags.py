@@ -22,6 +22,9 @@ _EXECUTOR = flags.DEFINE_enum(
 _EXPERT_CPUS = flags.DEFINE_string(
     "expert_cpus", "auto", "CPUs of the native kernels' threads, of each NUMA node, like '0-15;16-31'."
 )
+_MICROBATCHES = flags.DEFINE_enum(
+    "microbatches", "auto", ["auto", "1", "2"], "Parts of a decode batch, with --executor=overlap."
+)
 _PREFILL = flags.DEFINE_enum(
     "prefill_executor", "auto", ["auto", "step", "stream"], "Prompts: in place, or with experts copied to the device."
 )
@@ -44,6 +47,7 @@ def engine_options() -> dict[str, Any]:
         "device": _DEVICE.value,
         "executor": _EXECUTOR.value,
         "expert_cpus": _EXPERT_CPUS.value,
+        "microbatches": _MICROBATCHES.value if _MICROBATCHES.value == "auto" else int(_MICROBATCHES.value),
         "residency": _RESIDENCY.value,
         "prefill": _PREFILL.value,
         "prefill_devices": _PREFILL_DEVICES.value,

@@ -140,6 +140,10 @@ def test_prompts_in_the_gaps_of_decode_steps_change_no_token_and_compile_nothing
         assert last["decoding"].outputs[0].token_ids == alone.outputs[0].token_ids
         assert len(last["prompt"].outputs[0].token_ids) == 1
         assert filled.count(True) > 10
+        activity = engine.activity()
+        assert len(activity.prompt) >= filled.count(True)
+        assert activity.copies
+        assert {span.name for span in activity.experts} == {"A"}
         assert compilations[num_compiled:] == []
         assert_idle(engine)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hmoe_jax.meters import BOUNDS_S, BUCKETS_PER_DECADE, Histogram, Meters, _Durations
+from hmoe_jax.meters import BOUNDS_S, BUCKETS_PER_DECADE, EngineMetrics, Histogram, Meters, _Durations
 
 BUCKET = 10 ** (1 / BUCKETS_PER_DECADE)
 
@@ -40,6 +40,21 @@ def test_what_is_longer_or_shorter_than_all_buckets_is_counted() -> None:
 def test_a_quantile_is_a_part() -> None:
     with pytest.raises(ValueError, match=r"q must be in \[0, 1\], got 99"):
         histogram(1.0).quantile_s(99)
+
+
+def metrics(**times: float) -> EngineMetrics:
+    queue = ("running", "waiting", "pages", "free_pages", "kept_pages", "preemptions", "wanted_tokens", "cached_tokens")
+    return EngineMetrics(**{f"num_{name}": 0 for name in queue}, **Meters(1, 1).snapshot() | times)
+
+
+@pytest.mark.parametrize(
+    ("busy_s", "waited_s", "efficiency"),
+    [(0.0, 0.0, 0.0), (6.0, 6.0, 0.6), (3.0, 3.0, 0.7), (9.0, 4.0, 0.9), (5.0, 1.0, 0.9)],
+    ids=["nothing beside", "in turns", "in turns, the device longer", "experts busier", "device busier"],
+)
+def test_overlap_is_the_busier_sides_time_over_all_time(busy_s: float, waited_s: float, efficiency: float) -> None:
+    observed = metrics(decode_s=10.0, experts_busy_s=busy_s, experts_waited_s=waited_s)
+    assert observed.overlap_efficiency == pytest.approx(efficiency)
 
 
 def test_padding_is_routed_nowhere() -> None:

@@ -10,6 +10,11 @@
 #include "machine/wait.h"
 
 namespace hmoe {
+namespace {
+
+int64_t Now() { return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1); }
+
+}  // namespace
 
 Result<std::shared_ptr<ExpertLane>> ExpertLane::Create(std::shared_ptr<ExpertStore> store, int num_slots,
                                                        std::chrono::milliseconds patience) {
@@ -52,6 +57,7 @@ Result<int32_t> ExpertLane::Submit(int64_t slot, int64_t layer, const uint16_t* 
   job.ids.assign(routing.ids, routing.ids + choices);
   job.weights.assign(routing.weights, routing.weights + choices);
   job.out.resize(static_cast<size_t>(routing.tokens * store_->shape().hidden));
+  job.times = {.slot = slot, .layer = layer, .submitted = Now()};
   job.ticket = job.ticket == std::numeric_limits<int32_t>::max() ? 1 : job.ticket + 1;
 
   const std::lock_guard lock(submitting_);
@@ -63,6 +69,7 @@ Result<int32_t> ExpertLane::Submit(int64_t slot, int64_t layer, const uint16_t* 
 }
 
 Status ExpertLane::Wait(int64_t slot, int32_t ticket, int64_t tokens, float* out) {
+  const int64_t awaited = Now();
   const auto found = Find(slot);
   if (!found.ok()) return found.error();
   Slot& job = *found.value();
@@ -71,6 +78,7 @@ Status ExpertLane::Wait(int64_t slot, int32_t ticket, int64_t tokens, float* out
     return Fail("slot ", slot, ": ", job.tokens, " tokens were submitted, ", tokens, " are awaited");
   if (Status done = Await(job); !done.ok()) return done;
   if (job.status.ok()) std::copy(job.out.begin(), job.out.end(), out);
+  Note(job, awaited);
   return job.status;
 }
 
@@ -79,6 +87,29 @@ Result<bool> ExpertLane::IsDone(int64_t slot, int32_t ticket) {
   if (!found.ok()) return found.error();
   const Slot& job = *found.value();
   return ticket != job.ticket || job.done.load(std::memory_order_acquire) == ticket;
+}
+
+void ExpertLane::Note(Slot& slot, int64_t awaited) {
+  JobTimes& times = slot.times;
+  if (times.fetched != 0) return;  // again
+  times.awaited = awaited;
+  times.fetched = Now();
+  waited_ns_ += times.fetched - awaited;
+  const std::lock_guard lock(submitting_);
+  if (jobs_.size() < kKeptJobs) {
+    jobs_.push_back(times);
+  } else {
+    jobs_[num_noted_ % kKeptJobs] = times;
+  }
+  ++num_noted_;
+}
+
+std::vector<JobTimes> ExpertLane::Jobs() {
+  const std::lock_guard lock(submitting_);
+  std::vector<JobTimes> ordered = jobs_;
+  const size_t oldest = jobs_.size() < kKeptJobs ? 0 : num_noted_ % kKeptJobs;
+  std::rotate(ordered.begin(), ordered.begin() + static_cast<std::ptrdiff_t>(oldest), ordered.end());
+  return ordered;
 }
 
 void ExpertLane::NoteFailure(const Error& failure) {
@@ -126,10 +157,11 @@ void ExpertLane::Work() {
 }
 
 void ExpertLane::Compute(Slot& slot) {
-  const auto begin = std::chrono::steady_clock::now();
+  slot.times.begun = Now();
   const Routing routing{slot.ids.data(), slot.weights.data(), slot.tokens, slot.choices};
   slot.status = MoeExperts(*store_, slot.layer, slot.hidden.data(), routing, slot.out.data());
-  busy_ns_ += (std::chrono::steady_clock::now() - begin) / std::chrono::nanoseconds(1);
+  slot.times.done = Now();
+  busy_ns_ += slot.times.done - slot.times.begun;
   slot.done.store(slot.ticket, std::memory_order_seq_cst);
   WakeSleepers(slot.done, 1);
 }

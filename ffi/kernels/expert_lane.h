@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -14,6 +15,13 @@
 #include "store/expert_store.h"
 
 namespace hmoe {
+
+// One job over its life, in nanoseconds of the steady clock: from when its operands were copied until
+// somebody had its result, which that one awaited from `awaited` on.
+struct JobTimes {
+  int64_t slot = 0, layer = 0;
+  int64_t submitted = 0, begun = 0, done = 0, awaited = 0, fetched = 0;
+};
 
 // A job lives in one of a few slots, from Submit to the next Submit in that slot. It owns copies of its
 // operands and of its result, so that nobody waits for memory of somebody else's. Its ticket says which of
@@ -44,8 +52,13 @@ class ExpertLane {
   void NoteFailure(const Error& failure);
   Status TakeFailure();
 
-  // Time in which jobs were computed, since the last call of this.
-  std::chrono::nanoseconds TakeBusy() { return std::chrono::nanoseconds(busy_ns_.exchange(0)); }
+  // Time in which jobs were computed, and in which somebody waited for them, so far.
+  std::chrono::nanoseconds busy() const { return std::chrono::nanoseconds(busy_ns_); }
+  std::chrono::nanoseconds waited() const { return std::chrono::nanoseconds(waited_ns_); }
+
+  // Of the last `kKeptJobs` that were awaited, oldest first.
+  std::vector<JobTimes> Jobs();
+  static constexpr size_t kKeptJobs = 1 << 14;
 
  private:
   struct Slot {
@@ -54,6 +67,7 @@ class ExpertLane {
     std::vector<int32_t> ids;
     std::vector<float> weights, out;
     Status status;
+    JobTimes times;
     int32_t ticket = 0;
     std::atomic<int32_t> done{0};  // the last job that is
   };
@@ -63,17 +77,21 @@ class ExpertLane {
   Status Await(Slot& slot) const;
   void Work();
   void Compute(Slot& slot);
+  void Note(Slot& slot, int64_t awaited);
 
   const std::shared_ptr<ExpertStore> store_;
   const std::chrono::milliseconds patience_;
   std::vector<std::unique_ptr<Slot>> slots_;
 
   // The queue: a slot holds one job at most, so that there is always room for a submitted one.
-  std::mutex submitting_;  // failure_ as well
+  std::mutex submitting_;  // failure_ and jobs_ as well
   Status failure_;
+  std::vector<JobTimes> jobs_;  // a ring, once it is full
+  size_t num_noted_ = 0;
   std::vector<Slot*> order_;
   alignas(64) std::atomic<int32_t> submitted_{0};
   alignas(64) std::atomic<int64_t> busy_ns_{0};
+  std::atomic<int64_t> waited_ns_{0};
   std::atomic<bool> stopping_{false};
   std::thread thread_;
 };

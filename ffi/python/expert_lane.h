@@ -1,11 +1,15 @@
 // The expert lane as Python names it; the registry owns it.
 #pragma once
 
+#include <array>
 #include <chrono>
 #include <cstdint>
+#include <vector>
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/vector.h>
 
 #include "python/check.h"
 #include "python/expert_store.h"
@@ -63,7 +67,17 @@ class PyExpertLane {
   // Raises what failed on a GPU's stream.
   void CheckFailure() { Check(Find()->TakeFailure()); }
 
-  double TakeBusySeconds() { return std::chrono::duration<double>(Find()->TakeBusy()).count(); }
+  double BusySeconds() const { return std::chrono::duration<double>(Find()->busy()).count(); }
+  double WaitedSeconds() const { return std::chrono::duration<double>(Find()->waited()).count(); }
+
+  // (slot, layer, submitted, begun, done, awaited, fetched) of each.
+  std::vector<std::array<int64_t, 7>> Jobs() const {
+    std::vector<std::array<int64_t, 7>> rows;
+    for (const JobTimes& job : Find()->Jobs()) {
+      rows.push_back({job.slot, job.layer, job.submitted, job.begun, job.done, job.awaited, job.fetched});
+    }
+    return rows;
+  }
 
   // The thread ends when the last call that uses it has returned.
   void Close() {

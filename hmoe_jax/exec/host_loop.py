@@ -58,10 +58,10 @@ class HostLoop:
         size = len(batch.tokens) // num_parts
         experts = _ExpertsOnLane(self._lane, self._device, meanwhile, job_s=self._job_s.get(size, 0.0))
         flows = [self._flow(part, rows, experts) for part, rows in enumerate(parts)]
-        self._lane.take_busy_s()
+        busy_s = self._lane.busy_s
         through_layers(flows, state.caches, experts)
         if batch.valid.any():
-            self._learn(size, num_parts)
+            self._learn(size, num_parts, self._lane.busy_s - busy_s)
         last = (self._outside, state.sampler, whole, tuple(flow.x for flow in flows))
         sampled, state.sampler = self._programs.run(("tail", size, num_parts), self._programs.tail, *last, donated=1)
         return StepOutput(sampled, self._routes(flows))
@@ -77,10 +77,10 @@ class HostLoop:
         shape = (self._config.num_moe_layers, -1, self._config.top_k)
         return np.concatenate([each.reshape(shape) for each in parts], axis=1)
 
-    def _learn(self, size: int, num_parts: int) -> None:
+    def _learn(self, size: int, num_parts: int, busy_s: float) -> None:
         num_jobs = num_parts * self._config.num_moe_layers
         if num_jobs:
-            job_s = self._lane.take_busy_s() / num_jobs
+            job_s = busy_s / num_jobs
             self._job_s[size] = averaged(self._job_s.get(size, job_s), job_s)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from hmoe_jax.architectures.deepseek_v3 import Weights
 from hmoe_jax.config import ModelConfig
+from hmoe_jax.exec.activity import Activity, activity_of
 from hmoe_jax.exec.backend import ExpertBackend
 from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch, decode_batch, prefill_batch
 from hmoe_jax.exec.beside import LaneExperts
@@ -127,6 +128,10 @@ class Executor:
     def copied_bytes(self) -> int:
         """Of routed experts, to devices, so far."""
         return 0
+
+    def activity(self) -> Activity:
+        """What device and CPU did lately; nothing where no experts are computed beside the device's programs."""
+        return Activity() if self.lane is None else activity_of(self.lane.jobs())
 
     @property
     def has_gaps(self) -> bool:

@@ -30,6 +30,7 @@ from jaxtyping import Array, Int32
 from hmoe_jax.architectures import deepseek_v3
 from hmoe_jax.architectures.deepseek_v3 import Weights
 from hmoe_jax.config import ModelConfig
+from hmoe_jax.exec.activity import Activity
 from hmoe_jax.exec.backend import ExpertBackend
 from hmoe_jax.exec.batch import PrefillBatch
 from hmoe_jax.exec.copies import AXIS, NOBODY, CopyLane, ExpertStream, Group, Records
@@ -55,7 +56,7 @@ from hmoe_jax.kernels.grouped.routes import SortedRoutes
 from hmoe_jax.kv.pages import copy_pages
 from hmoe_jax.nn.norm import rms_norm
 from hmoe_jax.perf.cost import prefill_cost, unpack_rows, used_share
-from hmoe_jax.perf.lanes import Recorder
+from hmoe_jax.perf.lanes import Recorder, Span
 from hmoe_jax.sampling import SamplerState
 
 Value = TypeVar("Value")
@@ -224,6 +225,10 @@ class StreamExecutor(Executor):
             *(partial(self.loop, self.empty_decode(size)) for size in filled),
         ]
 
+    def activity(self) -> Activity:
+        prompt, copies = tuple(self.recorder.computed), tuple(self.recorder.copies)
+        return replace(super().activity(), prompt=prompt, copies=copies)
+
     @property
     def copied_bytes(self) -> int:
         return sum(lane.num_bytes for lane in self.lanes.values())
@@ -322,12 +327,17 @@ class StreamExecutor(Executor):
             jax.block_until_ready([self._running.popleft() for _ in range(len(self._running))])
         begin = time.perf_counter()
         yield
-        self.recorder.computing(name, self.quantum_programs.done)
-        self._running.append(self.quantum_programs.done)
-        if len(self._running) > (MAX_RUNNING if prompt.room is None else 0):
-            self._running.popleft().block_until_ready()
+        done = self.quantum_programs.done
         if prompt.room is not None:
-            self._pace.learn(name, size, predicted_s, time.perf_counter() - begin)
+            done.block_until_ready()
+            span = Span(name, begin, time.perf_counter())
+            self.recorder.computed.append(span)
+            self._pace.learn(name, size, predicted_s, span.end - span.begin)
+            return
+        self.recorder.computing(name, done)
+        self._running.append(done)
+        if len(self._running) > MAX_RUNNING:
+            self._running.popleft().block_until_ready()
 
     def _ask(self, experts: ExpertStream, waiting: deque[Group]) -> None:
         while waiting and len(experts.ahead) < self.stream.depth - 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from jaxtyping import Float32, Int32, UInt16
 
@@ -12,6 +14,20 @@ PATIENCE_S = 60.0
 """A job that takes longer is taken for lost: a layer of the largest models takes milliseconds, a prompt's some
 seconds.
 """
+
+
+@dataclass(frozen=True)
+class Job:
+    """One that is over, in seconds of `time.perf_counter`: its result was awaited, by a device or by the host, and then
+    fetched."""
+
+    slot: int
+    layer: int
+    submitted_s: float
+    begun_s: float
+    done_s: float
+    awaited_s: float
+    fetched_s: float
 
 
 class ExpertLane:
@@ -53,9 +69,19 @@ class ExpertLane:
         """Raises `ValueError` for a job of a program on a GPU that failed since this was last asked."""
         self.native.check()
 
-    def take_busy_s(self) -> float:
-        """Seconds in which jobs were computed since this was last asked."""
-        return self.native.take_busy_s()
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which jobs were computed, so far."""
+        return self.native.busy_s
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds in which somebody waited for a job, so far."""
+        return self.native.waited_s
+
+    def jobs(self) -> list[Job]:
+        """Of the last 16,384 that were awaited, oldest first."""
+        return [Job(slot, layer, *(time * 1e-9 for time in times)) for slot, layer, *times in self.native.jobs()]
 
     def close(self) -> None:
         self.native.close()

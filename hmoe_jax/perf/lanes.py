@@ -46,7 +46,8 @@ class Recorder:
         self.copies.append(span)
 
     def computing(self, name: str, output: Any) -> None:
-        """`output` becomes ready when a computation ends that was just started."""
+        """`output` becomes ready when a computation ends that was just started. Whoever waits for it anyhow adds to
+        `computed`."""
         if self._watcher is not None:
             self._watcher.submit(self._watch, name, time.perf_counter(), output)
 

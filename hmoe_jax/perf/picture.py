@@ -1,8 +1,8 @@
-"""The stage table as a picture. The one file that needs matplotlib (the `plot` extra)."""
+"""The stage table as a picture, and how all pictures look. The one file that needs matplotlib (the `plot` extra)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from hmoe_jax.perf.lanes import Span
 from hmoe_jax.perf.report import Profile
 from hmoe_jax.perf.scopes import OTHER, STAGES
 
@@ -26,13 +27,28 @@ ROW_INCHES, FRAME_INCHES, BAR = 0.34, 1.25, 0.72
 def draw(profiles: Sequence[Profile], *, title: str) -> bytes:
     """A PNG: for each profile the time of every stage beside the bandwidth that it reaches."""
     heights = [len(profile.rows) * ROW_INCHES + FRAME_INCHES for profile in profiles]
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, hspace=0.08, wspace=0.04)
-    figure = Figure(figsize=(11.5, sum(heights) + 0.6), facecolor="white", layout=layout)
-    figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
+    figure = new_figure(title, size=(11.5, sum(heights) + 0.6), hspace=0.08, wspace=0.04)
     grid = figure.subplots(len(profiles), 2, squeeze=False, height_ratios=heights, width_ratios=(1.25, 1), sharey="row")
     for (times, bandwidths), profile in zip(grid, profiles, strict=True):
         _draw_times(times, profile)
         _draw_bandwidths(bandwidths, profile)
+    return to_png(figure)
+
+
+def new_figure(title: str, *, size: tuple[float, float], hspace: float = 0.02, wspace: float = 0.02) -> Figure:
+    """An empty one, `size` in inches; the spaces between its panels are parts of theirs."""
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, hspace=hspace, wspace=wspace)
+    figure = Figure(figsize=size, facecolor="white", layout=layout)
+    figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK)
+    return figure
+
+
+def bars(spans: Iterable[Span], begin: float) -> list[tuple[float, float]]:
+    """Where each starts and how long it is, for `broken_barh`."""
+    return [(span.begin - begin, span.end - span.begin) for span in spans]
+
+
+def to_png(figure: Figure) -> bytes:
     buffer = BytesIO()
     FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=150)
     return buffer.getvalue()

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from io import BytesIO
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from benchmarks.cases import Result
-from hmoe_jax.perf.picture import FAINT, INK, LIMIT
+from hmoe_jax.perf.picture import FAINT, INK, LIMIT, new_figure, to_png
 
 COLORS = ("#3b6ea5", "#e08a3c", "#6fb1a8", "#7a5aa6", "#b98b5e", "#7f9cb8", "#c8372d", "#8d99a6")
 MARKERS = "osD^vP*X"
@@ -22,9 +18,7 @@ MARKERS = "osD^vP*X"
 def draw(results: Sequence[Result], *, title: str) -> bytes:
     """A PNG with one panel per number of threads; a line joins the token counts of a format and its side."""
     counts = sorted({result.case.threads for result in results})
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-    figure = Figure(figsize=(1.5 + 5.5 * len(counts), 6), facecolor="white", layout=layout)
-    figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK)
+    figure = new_figure(title, size=(1.5 + 5.5 * len(counts), 6.0))
     panels = figure.subplots(1, len(counts), squeeze=False, sharey=True)[0]
     for axes, threads in zip(panels, counts, strict=True):
         own = [result for result in results if result.case.threads == threads]
@@ -36,9 +30,7 @@ def draw(results: Sequence[Result], *, title: str) -> bytes:
     panels[0].set_ylabel("GMAC/s", color=INK, fontsize=9)
     handles, labels = panels[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
-    buffer = BytesIO()
-    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+    return to_png(figure)
 
 
 def _intensity(result: Result) -> float:

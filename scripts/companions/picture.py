@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from io import BytesIO
-
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-
 from companions.timing import Measured
-from hmoe_jax.perf.picture import FAINT, INK
+from hmoe_jax.perf.picture import FAINT, INK, new_figure, to_png
 
 STEP, READ, COPIED = "#3b6ea5", "#e08a3c", "#8d99a6"
 
@@ -18,10 +12,9 @@ def draw(measured: Measured) -> bytes:
     """A PNG of the last round: from when the prompt comes until it has its first token."""
     one = measured.rounds[-1]
     times = [look.seconds for look in one.traffic]
-    figure = Figure(figsize=(11.5, 5), facecolor="white", layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     load = measured.load
     title = f"{load.batch} sequences decode beside a prompt of {load.prompt_len:,} tokens"
-    figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK)
+    figure = new_figure(title, size=(11.5, 5.0))
     steps, traffic = figure.subplots(2, 1, sharex=True)
     steps.plot(times, [seconds * 1e3 for seconds in one.beside_s], color=STEP, linewidth=1, label="beside the prompt")
     steps.axhline(measured.alone_s * 1e3, color=FAINT, linestyle="--", linewidth=1, label="alone (median)")
@@ -37,6 +30,4 @@ def draw(measured: Measured) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=FAINT, labelsize=8)
         axes.legend(loc="upper right", fontsize=8, frameon=False)
-    buffer = BytesIO()
-    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+    return to_png(figure)

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import BytesIO
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-from hmoe_jax.perf.lanes import Span
-from hmoe_jax.perf.picture import FAINT, INK
+from hmoe_jax.perf.picture import FAINT, INK, bars, new_figure, to_png
 from prefilling.timing import Round
 
 COLORS = {
@@ -24,16 +18,14 @@ COPY = "#8d99a6"
 
 def draw(rounds: Sequence[Round], *, title: str) -> bytes:
     """A PNG: for each prompt a row of copies above a row of computations."""
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-    figure = Figure(figsize=(11.5, 0.8 + 1.3 * len(rounds)), facecolor="white", layout=layout)
-    figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK)
+    figure = new_figure(title, size=(11.5, 0.8 + 1.3 * len(rounds)))
     panels = figure.subplots(len(rounds), 1, squeeze=False)[:, 0]
     for axes, each in zip(panels, rounds, strict=True):
         begin = each.recorder.begin
-        axes.broken_barh(_bars(each.recorder.copies, begin), (1.1, 0.8), color=COPY, edgecolor="white", linewidth=0.2)
+        axes.broken_barh(bars(each.recorder.copies, begin), (1.1, 0.8), color=COPY, edgecolor="white", linewidth=0.2)
         for name, color in COLORS.items():
             own = [span for span in each.recorder.computed if span.name == name]
-            axes.broken_barh(_bars(own, begin), (0.1, 0.8), color=color, label=name)
+            axes.broken_barh(bars(own, begin), (0.1, 0.8), color=color, label=name)
         axes.set_yticks([0.5, 1.5], ["compute", "copy"], color=INK, fontsize=9)
         axes.set_xlim(0, each.recorder.wall_s)
         axes.set_title(
@@ -45,10 +37,4 @@ def draw(rounds: Sequence[Round], *, title: str) -> bytes:
     panels[-1].set_xlabel("seconds", color=INK, fontsize=9)
     handles, labels = panels[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
-    buffer = BytesIO()
-    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=150)
-    return buffer.getvalue()
-
-
-def _bars(spans: Sequence[Span], begin: float) -> list[tuple[float, float]]:
-    return [(span.begin - begin, span.end - span.begin) for span in spans]
+    return to_png(figure)

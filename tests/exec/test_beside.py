@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from hmoe_jax.engine import Engine
+from hmoe_jax.exec.activity import Activity
 from hmoe_jax.exec.batch import DecodeRow, decode_batch, prefill_batch
 from hmoe_jax.exec.open import open_executor
 from hmoe_jax.exec.plan import EngineOptions
@@ -142,7 +144,7 @@ def test_an_engine_writes_what_the_fused_one_writes(tmp_path: Path) -> None:
     prompts = [random_ids("plain", 5 + 9 * i, seed=i) % 250 + 2 for i in range(5)]
     params = [drawn(12 + i, seed=i, temperature=1.2) for i in range(5)]
     options = {"max_num_seqs": NUM_SEQUENCES, "max_model_len": 128, "warm_up": False, "compilation_cache": None}
-    written = []
+    written, efficiencies, activities = [], [], []
     for wishes in (
         {"executor": "fused"},
         {"executor": "overlap", "expert_cpus": EXPERT_CPUS, "microbatches": 2},
@@ -150,8 +152,15 @@ def test_an_engine_writes_what_the_fused_one_writes(tmp_path: Path) -> None:
         with Engine(folder, **wishes, **options, use_tqdm=False) as engine:
             outputs = engine.generate([each.tolist() for each in prompts], params, use_tqdm=False)
             written.append(tokens(outputs))
+            efficiencies.append(engine.metrics().overlap_efficiency)
+            activities.append(engine.activity())
             assert_idle(engine)
     assert written[1] == written[0]
+    assert (efficiencies[0], activities[0]) == (0.0, Activity())
+    assert 0.5 <= efficiencies[1] <= 1.0  # the longer one of two sides
+    for spans in (activities[1].device, activities[1].experts):
+        assert {"A", "B"} <= {span.name for span in spans}
+        assert all(first.end <= second.begin for first, second in itertools.pairwise(spans))
 
 
 def test_a_store_that_is_closed_under_a_step_is_an_error_and_not_a_hang(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import jax
@@ -66,8 +67,10 @@ def test_the_host_gets_the_same(store: ExpertStore, lane: ExpertLane) -> None:
     out = np.empty(hidden.shape, np.float32)
     lane.wait(1, ticket, out)
     np.testing.assert_array_equal(out, moe_experts(*batch.operands, layer=0, store=store.id))
-    assert lane.take_busy_s() > 0
-    assert lane.take_busy_s() == 0
+    (job,) = [each for each in lane.jobs() if each.slot == 1][-1:]
+    assert job.submitted_s <= job.begun_s <= job.done_s <= job.fetched_s <= time.perf_counter()
+    assert lane.busy_s >= job.done_s - job.begun_s > 0
+    assert lane.waited_s >= job.fetched_s - job.awaited_s > 0
 
 
 def test_what_is_wrong_is_said_by_the_half_that_sees_it(lane: ExpertLane) -> None:
@@ -92,7 +95,7 @@ def test_a_closed_lane_says_so(store: ExpertStore) -> None:
     with pytest.raises(XLA_ERRORS, match=rf"expert lane {lane.id} is closed"):
         jax.block_until_ready(beside(Batch.random(SHAPE, 3, 2), lane))
     with pytest.raises(ValueError, match="is closed"):
-        lane.take_busy_s()
+        lane.jobs()
 
 
 def test_a_lane_needs_a_slot(store: ExpertStore) -> None:
