@@ -38,13 +38,14 @@ def main() -> None:
     wishes = engine_options() | {"executor": "overlap", "prefill": "stream", "microbatches": 1}
     if wishes["expert_cpus"] == "auto":
         wishes["expert_cpus"] = str(max(_DEVICE_CPUS.value) + 1)
-    room = max(_CONTEXT.value + 64 * _ROUNDS.value * _STEPS.value, _PROMPT_LEN.value + 1)
-    wishes |= {"max_model_len": wishes["max_model_len"] or room, "max_decode_slowdown": _SLOWDOWN.value}
+    wishes["max_decode_slowdown"] = _SLOWDOWN.value
+    rounds = {"num_rounds": _ROUNDS.value, "num_steps": _STEPS.value}
     measured = []
     for batch in _BATCH.value:
         load = Load(batch=batch, context=_CONTEXT.value, prompt_len=_PROMPT_LEN.value)
+        wishes["max_model_len"] = engine_options()["max_model_len"] or load.max_len(**rounds)
         with Engine(MODEL.value, max_num_seqs=batch + 1, skip_tokenizer_init=True, **wishes) as engine:
-            measured.append(measure(engine, load, num_rounds=_ROUNDS.value, num_steps=_STEPS.value))
+            measured.append(measure(engine, load, **rounds))
             activity = engine.activity()
     setting = {
         "model": Path(MODEL.value).name,

@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,36 +18,49 @@ from typing import Any
 import jax
 from absl import flags
 from mains import make_folder, print_json, run_main, write_atomically
-from suite import checks, streaming
+from suite import checks, decoding, streaming
+from suite.layers import DeepSeekLayers
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "models" / "embedded"
 
 _OUT = flags.DEFINE_string("out", "out/gpu_suite", "Folder for the results; made if it is missing.")
 _ONLY = flags.DEFINE_multi_string("only", [], "Run these checks alone.")
 
-CHECKS: dict[str, Callable[[jax.Device, checks.Scale], checks.Figures]] = {
-    "versions": checks.versions,
-    "executors": partial(streaming.executors, model=EMBEDDED),
-    "copies": checks.copies,
-    "pinned": streaming.pinned,
-    "overlap": checks.overlap,
-    "grouped": checks.grouped,
-    "attention": checks.attention,
-    "stream": partial(streaming.stream, model=EMBEDDED),
-}
+Check = Callable[[jax.Device, checks.Scale], checks.Figures]
 
 
 def main() -> None:
-    unknown = sorted(set(_ONLY.value) - set(CHECKS))
+    with closing(DeepSeekLayers()) as layers:
+        _run_all(_checks(layers))
+
+
+def _checks(layers: DeepSeekLayers) -> dict[str, Check]:
+    models: dict[str, Any] = {"embedded": EMBEDDED, "layers": layers}
+    return {
+        "versions": checks.versions,
+        "executors": partial(streaming.executors, embedded=EMBEDDED),
+        "copies": checks.copies,
+        "pinned": streaming.pinned,
+        "overlap": checks.overlap,
+        "grouped": checks.grouped,
+        "attention": checks.attention,
+        "stream": partial(streaming.stream, **models),
+        "decode": partial(decoding.decode, **models),
+        "beside": partial(decoding.beside, **models),
+    }
+
+
+def _run_all(known: dict[str, Check]) -> None:
+    unknown = sorted(set(_ONLY.value) - set(known))
     if unknown:
-        raise ValueError(f"--only={unknown[0]}: expected one of {', '.join(CHECKS)}")
+        raise ValueError(f"--only={unknown[0]}: expected one of {', '.join(known)}")
     out, device = make_folder(Path(_OUT.value)), jax.local_devices()[0]
     scale = checks.SMALL if device.platform == "cpu" else checks.FULL
     results: dict[str, dict[str, Any]] = {}
     with jax.default_device(device):
-        for name in _ONLY.value or CHECKS:
+        for name in _ONLY.value or known:
             begin = time.perf_counter()
-            results[name] = _run(CHECKS[name], device, scale)
+            results[name] = _run(known[name], device, scale)
             results[name]["seconds"] = time.perf_counter() - begin
             print(f"{name}: {results[name]['seconds']:.1f} s", file=sys.stderr)
             write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
@@ -58,7 +72,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def _run(check: Callable[..., checks.Figures], device: jax.Device, scale: checks.Scale) -> dict[str, Any]:
+def _run(check: Check, device: jax.Device, scale: checks.Scale) -> dict[str, Any]:
     try:
         return dict(check(device, scale))
     except Exception as error:  # one check shall not cost the others

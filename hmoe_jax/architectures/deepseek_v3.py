@@ -159,7 +159,8 @@ def through_layers(flows: Sequence[Flow[Cache]], caches: MutableSequence[Cache],
         before = None
         for flow in flows:
             flow.end_layer()
-            if before is not None:  # it has read the cache: this one may write to it
+            if before is not None:  # its experts are under way, and it has read the cache: this one may write to it
+                flow.x = experts.in_order(flow.x, before.latest)
                 caches[index] = experts.in_order(caches[index], before.latest)
             caches[index], before = flow.begin_layer(index, caches[index]), flow
     for flow in flows:
@@ -255,7 +256,7 @@ class Flow(Generic[Cache]):
             seam, cache = self.stages.front(index, self.x, cache)
             with jax.named_scope("experts"):
                 started, hidden = self.experts.start(self.part, index - self.config.num_dense_layers, seam)
-            self.open = index, seam, self.stages.shared(index, hidden), started
+            self.open = index, replace(seam, hidden=hidden), self.stages.shared(index, hidden), started
             self.routes.append(seam.ids)
             return cache
 

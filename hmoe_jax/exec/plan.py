@@ -243,9 +243,7 @@ def _executor(
     numbers = f"all weights need {needed:,} bytes and device {hardware.platform!r} has {memory:,}"
     if options.executor in ("fused", "overlap") and dtype == "float32":
         raise ValueError(f"executor {options.executor!r} computes in bfloat16; dtype 'float32' needs executor 'graph'")
-    if options.executor == "overlap" and hardware.platform != "cpu":
-        raise ValueError("executor 'overlap' runs on the CPU platform only, as yet: use executor 'fused'")
-    if options.executor == "overlap" and options.expert_cpus == "auto":
+    if options.executor == "overlap" and options.expert_cpus == "auto" and hardware.platform == "cpu":
         raise ValueError(
             "executor 'overlap' needs expert_cpus on the CPU platform, where both sides compute on CPUs: those that "
             "the other side leaves to the experts, like '1-3'"
@@ -257,8 +255,8 @@ def _executor(
             reasons["executor"] = "fused: routed experts in native kernels, on the CPU platform"
             return "fused"
         if needed > memory:
-            reasons["executor"] = f"fused: routed experts by the CPU, as {numbers}"
-            return "fused"
+            reasons["executor"] = f"overlap: routed experts by the CPU, as {numbers}"
+            return "overlap"
     if needed > memory:
         raise ValueError(f"executor 'graph' is refused, as {numbers}: use executor 'fused' and dtype 'bfloat16'")
     if options.executor == "auto":
@@ -336,7 +334,7 @@ def _stream(
         raise ValueError(f"prefill 'stream' needs executor 'fused', with experts in host memory, got {executor!r}")
     planned = None
     if executor != "graph" and options.prefill != "step":
-        planned = _plan_stream(options, config, hardware, layout, reasons)
+        planned = _plan_stream(options, config, hardware, executor, layout, reasons)
     if planned is None and options.prefill_devices > 1:
         raise ValueError(f"prefill_devices {options.prefill_devices} needs prefill 'stream'")
     if planned is None and options.prefill_apart:
@@ -347,7 +345,12 @@ def _stream(
 
 
 def _plan_stream(
-    options: EngineOptions, config: ModelConfig, hardware: Hardware, layout: CacheLayout, reasons: dict[str, str]
+    options: EngineOptions,
+    config: ModelConfig,
+    hardware: Hardware,
+    executor: str,
+    layout: CacheLayout,
+    reasons: dict[str, str],
 ) -> StreamPlan | None:
     """None if it was left to us and no prompt gains by it."""
     devices, is_free = jax.devices(hardware.platform), options.prefill == "auto"
@@ -392,7 +395,7 @@ def _plan_stream(
     )
     # Several processes must start the same programs, and each has a clock of its own.
     is_alone = {device.process_index for device in chosen} == {jax.process_index()}
-    fills_gaps = options.executor == "overlap" and not options.prefill_apart and is_alone
+    fills_gaps = executor == "overlap" and not options.prefill_apart and is_alone
     sizes = replace(sizes, variant=rates.variant, fills_gaps=fills_gaps)
     return StreamPlan(**vars(sizes), rates=rates, devices=chosen, least_tokens=least, link_gbps=options.link_gbps)
 

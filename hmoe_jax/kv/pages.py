@@ -72,7 +72,12 @@ def write_latents(
     page_size = cache.shape[1]
     pages = jnp.take_along_axis(tables, positions[:, None] // page_size, axis=1)[:, 0]
     bits = jax.lax.bitcast_convert_type(latents, cache.dtype)
-    return cache.at[jnp.where(valid, pages, SCRATCH_PAGE), positions % page_size].set(bits)
+    pages, slots = jnp.where(valid, pages, SCRATCH_PAGE), positions % page_size
+    if len(bits) == 1:
+        # A single row twice: else XLA makes an update of a slice of it, and XLA:CPU fuses that with copies of the whole
+        # cache where a step writes to it again (a decode batch in two parts of one sequence each).
+        pages, slots, bits = (jnp.repeat(each, 2, axis=0) for each in (pages, slots, bits))
+    return cache.at[pages, slots].set(bits)
 
 
 def read_chunk(

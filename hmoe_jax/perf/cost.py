@@ -31,8 +31,10 @@ class Rates:
 
     `expert_gbps`: the CPU kernels' reading of experts, on all cores. `expert_tflops`: their products, for many tokens.
     `link_gbps`: host memory to one device.
-    `device_gbps`: a device's reading of weights when it decodes. `linear_tflops`, `grouped_tflops`, `attention_tflops`:
-    one device's dense projections, routed experts and attention of a prompt. `unpack_gbps`: its turning of stored
+    `device_gbps`: a device's reading of weights when it decodes; `decode_linear_tflops`: what it multiplies with them
+    for each token but the first; `decode_attention_tflops`: its attention to latents then.
+    `linear_tflops`, `grouped_tflops`, `attention_tflops`: one device's dense projections for many tokens, and routed
+    experts and attention of a prompt. `unpack_gbps`: its turning of stored
     experts into what it multiplies, once for each tile of tokens. `dispatch_s`: starting one program.
     `variant`: the fastest way to multiply a group (`kernels.grouped.VARIANTS`), whose rate `grouped_tflops` is;
     `attention`: the same of `attention_tflops`.
@@ -43,6 +45,8 @@ class Rates:
     expert_tflops: float
     link_gbps: float
     device_gbps: float
+    decode_linear_tflops: float
+    decode_attention_tflops: float
     linear_tflops: float
     grouped_tflops: float
     attention_tflops: float
@@ -135,10 +139,16 @@ def prefill_cost(
 def in_place_s(config: ModelConfig, rates: Rates, num_tokens: int) -> float:
     """Seconds of a prompt, in one piece, whose experts the CPU computes where they lie: the two sides take turns."""
     one = replace(rates, num_devices=1)
+    return experts_s(config, rates, num_tokens) + _front_s(config, one, num_tokens, 0, block_len=num_tokens)
+
+
+def experts_s(config: ModelConfig, rates: Rates, num_tokens: float | int) -> float:
+    """Of all layers' routed experts on the CPU: each that some token chooses is read once, and multiplied with those
+    that chose it."""
     used = config.num_experts * used_share(config, num_tokens)
     read = config.num_moe_layers * used * expert_bytes(config) / rates.expert_gbps / 1e9
     multiply = 2 * count_parameters(config).chosen * num_tokens / rates.expert_tflops / 1e12
-    return max(read, multiply) + _front_s(config, one, num_tokens, 0, block_len=num_tokens)
+    return max(read, multiply)
 
 
 def streams_from(config: ModelConfig, rates: Rates, *, max_len: int, **passes: int) -> int | None:
@@ -215,21 +225,29 @@ def _pieces(num_tokens: int, most: int) -> list[tuple[int, int]]:
 def decode_cost(config: ModelConfig, rates: Rates, *, batch: int, context: int, num_parts: int = 1) -> DecodeCost:
     """One step; sequences choose their experts independently of each other. In parts, experts that several of them
     chose and all other weights are read by each."""
-    used = num_parts * config.num_experts * used_share(config, batch / num_parts)
-    experts = config.num_moe_layers * used * expert_bytes(config) / rates.expert_gbps / 1e9
-    device = num_parts * resident_s(config, rates) + cache_s(config, rates, batch=batch, context=context)
-    dispatch = num_parts * config.num_layers * rates.dispatch_s
-    return DecodeCost(batch, experts, device + dispatch, num_parts, config.num_layers)
+    tokens = batch / num_parts
+    device = resident_s(config, rates, tokens) + cache_s(config, rates, batch=tokens, context=context)
+    part = device + config.num_layers * rates.dispatch_s
+    return DecodeCost(
+        batch, num_parts * experts_s(config, rates, tokens), num_parts * part, num_parts, config.num_layers
+    )
 
 
-def resident_s(config: ModelConfig, rates: Rates) -> float:
-    """A device's reading of everything but the routed experts, once."""
-    return resident_bytes(config, looked_up=True) / rates.device_gbps / 1e9
+def resident_s(config: ModelConfig, rates: Rates, tokens: float | int) -> float:
+    """A device's work with everything but the routed experts: read with one token, and multiplied with the others."""
+    count = count_parameters(config)
+    read = resident_bytes(config, looked_up=True) / rates.device_gbps / 1e9
+    others = max(tokens - 1, 0)
+    return read + 2 * (count.active - count.chosen) * others / rates.decode_linear_tflops / 1e12
 
 
 def cache_s(config: ModelConfig, rates: Rates, *, batch: float | int, context: int) -> float:
-    """A device's reading of what so many sequences look back at."""
-    return batch * context * cache_bytes_per_token(config, itemsize=2) / rates.device_gbps / 1e9
+    """A device's attention of so many tokens to the latents that each looks back at: read, and multiplied with every
+    head's query and probabilities."""
+    latents = batch * context
+    read = latents * cache_bytes_per_token(config, itemsize=2) / rates.device_gbps / 1e9
+    flops = 2 * config.num_layers * config.num_heads * (config.latent_dim + config.kv_rank) * latents
+    return max(read, flops / rates.decode_attention_tflops / 1e12)
 
 
 def gains_by_parts(config: ModelConfig, rates: Rates, *, batch: int, context: int) -> bool:

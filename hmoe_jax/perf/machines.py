@@ -29,6 +29,9 @@ BYTES_PER_SCORE, FLOPS_PER_SCORE = 24, 640
 """Device memory's traffic for a score of one query, key and head, where XLA attends, and the products that belong to it
 (heads of 192 and 128)."""
 
+FLOPS_PER_LATENT_SCORE = 2176
+"""The same where a decoded token attends to latents (576 and 512 wide), which no kernel of ours does on a GPU."""
+
 SERVER_GBPS, SERVER_TFLOPS = 200.0, 2.0
 """Host memory and products of a two-socket server, roughly, where nobody has measured them."""
 
@@ -38,6 +41,8 @@ UNMEASURED_CPU = Rates(
     expert_tflops=0.5,
     link_gbps=10.0,
     device_gbps=15.0,
+    decode_linear_tflops=0.2,
+    decode_attention_tflops=0.3,
     linear_tflops=0.3,
     grouped_tflops=0.1,
     attention_tflops=0.1,
@@ -106,6 +111,8 @@ def sheet_rates(
         expert_tflops=cpu_tflops,
         link_gbps=link_gbps or gpu.link_gbps,
         device_gbps=gpu.memory_gbps,
+        decode_linear_tflops=gpu.bf16_tflops,
+        decode_attention_tflops=min(gpu.memory_gbps / 1e3 / BYTES_PER_SCORE * FLOPS_PER_LATENT_SCORE, gpu.bf16_tflops),
         dispatch_s=DISPATCH_S,
         num_devices=num_gpus,
         **programs,

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hmoe_jax.config import ModelConfig
-from hmoe_jax.perf.cost import PrefillCost, Rates, cache_s, expert_bytes, resident_s, used_share
+from hmoe_jax.perf.cost import PrefillCost, Rates, cache_s, experts_s, resident_s
 from hmoe_jax.perf.lanes import Span, busy_seconds
+from hmoe_jax.perf.sizes import count_parameters
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,14 @@ class Beside:
 def stages(config: ModelConfig, rates: Rates, *, batch: int, context: int, num_parts: int) -> list[Stages]:
     """By the model of costs; all parts are alike."""
     tokens = batch / num_parts
-    layers, moe_layers = config.num_layers, config.num_moe_layers
-    used = config.num_experts * used_share(config, tokens)
-    shared = 3 * config.hidden_size * config.expert_ffn * config.num_shared_experts / rates.device_gbps / 1e9
-    device = (resident_s(config, rates) + cache_s(config, rates, batch=tokens, context=context)) / layers
-    front = max(device - shared * moe_layers / layers, 0.0) + rates.dispatch_s
-    dense = (layers - moe_layers) * (front + shared)
-    one = Stages(moe_layers, front, shared, used * expert_bytes(config) / rates.expert_gbps / 1e9, tail_s=dense)
+    layers, moe_layers, count = config.num_layers, config.num_moe_layers, count_parameters(config)
+    resident = resident_s(config, rates, tokens)
+    shared = resident * count.shared_experts / (count.active - count.chosen) / moe_layers
+    head, dense = (resident * part / (count.active - count.chosen) for part in (count.head, count.dense_mlp))
+    attention = cache_s(config, rates, batch=tokens, context=context)
+    front = (resident - head - dense + attention) / layers + rates.dispatch_s - shared * moe_layers / layers
+    outside = head + dense + (layers - moe_layers) * front
+    one = Stages(moe_layers, front, shared, experts_s(config, rates, tokens) / moe_layers, tail_s=outside)
     return [one] * num_parts
 
 

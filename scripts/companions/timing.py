@@ -25,6 +25,10 @@ class Load:
     context: int
     prompt_len: int
 
+    def max_len(self, *, num_rounds: int, num_steps: int) -> int:
+        """The longest sequence of a measurement: beside a prompt there may be many times as many steps as alone."""
+        return max(self.context + 64 * num_rounds * num_steps, self.prompt_len + 1)
+
 
 @dataclass(frozen=True)
 class Traffic:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measuring.attention import attention_tflops
+from measuring.attention import attention_tflops, decode_tflops
 from measuring.experts import CODEC, Variants, best_variant, measure_variants, random_matrix, random_store
 from measuring.limits import link_gbps
-from measuring.timing import Effort, median_seconds
+from measuring.timing import Effort, median_seconds, medians_in_turn
 
 from hmoe_jax.exec.copies import CopyLane
 from hmoe_jax.exec.fused import pin_experts
@@ -31,11 +32,13 @@ from hmoe_jax.perf.machines import machine_name
 HIDDEN, FFN, TOP_K = 7168, 2048, 8
 HEADS, ALL_HEADS, CONTEXT = 16, 128, 4096
 FEW_ROWS, ROWS = 32, 512
+DECODED = 8
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What the measurements share: a device, a pool, random experts of DeepSeek-V3's widths, and their effort."""
+    """What the measurements share: a device, the threads of its native kernels, random experts of DeepSeek-V3's widths
+    with their own, and the effort."""
 
     device: jax.Device
     pool: ThreadPool
@@ -54,17 +57,24 @@ class Bench:
 
 @contextmanager
 def open_bench(
-    device: jax.Device, *, num_threads: int | Literal["auto"], num_experts: int, effort: Effort
+    device: jax.Device,
+    *,
+    num_threads: int | Literal["auto"],
+    num_experts: int,
+    effort: Effort,
+    expert_cpus: str = "auto",
 ) -> Iterator[Bench]:
-    """Arrays are made on `device` inside."""
+    """Arrays are made on `device` inside. With `expert_cpus` the experts have these, and the device's kernels a thread
+    elsewhere, as with executor "overlap"."""
     shape = StoreShape(1, num_experts, HIDDEN, FFN)
-    with (
-        ThreadPool(resolve_num_threads(num_threads)) as pool,
-        random_store(shape, pool, residency="arena") as store,
-        jax.default_device(device),
-    ):
+    with ExitStack() as owned:
+        num_threads = resolve_num_threads(num_threads, topology=expert_cpus)
+        experts = owned.enter_context(ThreadPool(num_threads, topology=expert_cpus))
+        store = owned.enter_context(random_store(shape, experts, residency="arena"))
+        owned.enter_context(jax.default_device(device))
         if device.platform != "cpu":
             pin_experts(store)
+        pool = experts if expert_cpus == "auto" else owned.enter_context(ThreadPool(1))
         yield Bench(device, pool, store, effort)
 
 
@@ -79,17 +89,25 @@ def measure_rates(bench: Bench, variants: Variants) -> Rates:
     fastest = max(attention, key=attention.__getitem__)
     return Rates(
         name=machine_name(bench.device),
-        expert_gbps=_expert_gbps(bench),
-        expert_tflops=_expert_tflops(bench),
+        **measure_decode_rates(bench, variant=best),
         link_gbps=_link_gbps(bench),
-        device_gbps=_device_gbps(bench),
-        linear_tflops=_linear_tflops(bench, best),
         **_grouped(bench, variants[best]),
         attention_tflops=attention[fastest],
-        dispatch_s=_dispatch_s(bench),
         variant=best,
         attention=fastest,
     )
+
+
+def measure_decode_rates(bench: Bench, *, variant: str) -> dict[str, float]:
+    """Those of a decode step, by the names of `Rates`. `variant` is the best way to multiply a group."""
+    return {
+        "expert_gbps": _expert_gbps(bench),
+        "expert_tflops": _expert_tflops(bench),
+        **_device_rates(bench),
+        "decode_attention_tflops": _decode_attention_tflops(bench),
+        "linear_tflops": _linear_tflops(bench, variant),
+        "dispatch_s": _dispatch_s(bench),
+    }
 
 
 def _attention(bench: Bench) -> dict[GpuAttention, float]:
@@ -103,6 +121,11 @@ def _attention(bench: Bench) -> dict[GpuAttention, float]:
         except jax.errors.JaxRuntimeError as error:
             print(f"attention by the kernel does not run here: {error}", file=sys.stderr)
     return rates
+
+
+def _decode_attention_tflops(bench: Bench) -> float:
+    case = {"heads": ALL_HEADS, "batch": DECODED, "context_len": CONTEXT, "pool": bench.native_pool}
+    return decode_tflops(**case, effort=bench.effort)
 
 
 def _expert_gbps(bench: Bench) -> float:
@@ -139,13 +162,18 @@ def _link_gbps(bench: Bench) -> float:
         return link_gbps([lane], groups, depth=plan.depth)
 
 
-def _device_gbps(bench: Bench) -> float:
-    """Dense projections of one token, of more weights than the caches hold."""
+def _device_rates(bench: Bench) -> dict[str, float]:
+    """Dense projections of one token, of more weights than the caches hold, and what each further token adds."""
     layers = [_projection(bench, HIDDEN, 2 * HIDDEN) for _ in range(4)]
     num_bytes = sum(layer.weight.nbytes + layer.scale.nbytes for layer in layers)
-    x = jnp.ones((1, 2 * HIDDEN), jnp.bfloat16)
     call = jax.jit(lambda x, layers: [linear(x, layer) for layer in layers])
-    return num_bytes / median_seconds(lambda: call(x, layers), bench.effort) / 1e9
+    tokens = [jnp.ones((count, 2 * HIDDEN), jnp.bfloat16) for count in (1, DECODED)]
+    one_s, all_s = medians_in_turn([partial(call, x, layers) for x in tokens], bench.effort)
+    flops = 2 * len(layers) * HIDDEN * 2 * HIDDEN * (DECODED - 1)
+    return {
+        "device_gbps": num_bytes / one_s / 1e9,
+        "decode_linear_tflops": flops / max(all_s - one_s, 1e-9) / 1e12,
+    }
 
 
 def _linear_tflops(bench: Bench, best: str) -> float:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import statistics
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +12,8 @@ import jax
 import numpy as np
 from measuring.experts import random_store
 from prefilling.timing import Round, measure_limits, run
-from synthetic.fields import Size
-from synthetic.folder import write_model
 
 from hmoe_jax.config import read_config
-from hmoe_jax.exec import host_memory
 from hmoe_jax.exec.open import open_executor
 from hmoe_jax.exec.plan import EngineOptions
 from hmoe_jax.exec.score import load_for_scoring
@@ -30,17 +24,14 @@ from hmoe_jax.experts.store import StoreShape
 from hmoe_jax.kernels.pool import ThreadPool
 from hmoe_jax.perf.cost import held_bytes
 from suite.checks import FULL, Figures, Scale
+from suite.layers import DeepSeekLayers
 
 LENGTHS = (8192, 16384, 32768)
 SMALL_LENGTHS = (200,)
 
-PLACES = (Path("/dev/shm"), Path(tempfile.gettempdir()))
-"""The checkpoint is written to the roomier of them, and copied into an arena: a layer needs its bytes twice."""
-
 WORST_ERROR = 0.05
 """Of logits in BF16 against FP32."""
 
-MOST_LAYERS = 3
 DEEPSEEK_MOE_LAYERS = 58
 
 
@@ -74,7 +65,7 @@ def pinned(device: jax.Device, scale: Scale) -> Figures:
     return figures | {"h2d_gbps": store.num_bytes / statistics.median(times) / 1e9}
 
 
-def executors(device: jax.Device, scale: Scale, *, model: Path) -> Figures:
+def executors(device: jax.Device, scale: Scale, *, embedded: Path) -> Figures:
     """Logits of the embedded model, and its greedy tokens, by every executor against FP32 on the CPU platform."""
     length = 600 if scale is FULL else 60
     prompt, platform = np.random.default_rng(0).integers(3, 4000, length).tolist(), device.platform
@@ -83,14 +74,17 @@ def executors(device: jax.Device, scale: Scale, *, model: Path) -> Figures:
         "graph": {"executor": "graph"},
         "fused": {"executor": "fused", "prefill": "step"},
         "stream": {"executor": "fused", "prefill": "stream"},
+        "overlap": {"executor": "overlap", "prefill": "stream"},
     }
     if scale is not FULL:
         ways = {name: ways[name] for name in ("graph_f32", "stream")}
-    with load_for_scoring(model, device="cpu", executor="graph", dtype="float32", max_model_len=length + 8) as scorer:
+    with load_for_scoring(
+        embedded, device="cpu", executor="graph", dtype="float32", max_model_len=length + 8
+    ) as scorer:
         tokens, expected = scorer.greedy(prompt, 8)
     figures: Figures = {}
     for name, wishes in ways.items():
-        with load_for_scoring(model, device=platform, **wishes, max_model_len=length + 8) as scorer:
+        with load_for_scoring(embedded, device=platform, **wishes, max_model_len=length + 8) as scorer:
             actual = scorer.greedy(prompt, 8)
         agreeing = int(np.cumprod(actual[0] == tokens).sum())
         rows = slice(0, min(agreeing + 1, len(tokens)))  # what follows another token is another text
@@ -101,27 +95,9 @@ def executors(device: jax.Device, scale: Scale, *, model: Path) -> Figures:
     return figures
 
 
-def stream(device: jax.Device, scale: Scale, *, model: Path) -> Figures:
+def stream(device: jax.Device, scale: Scale, *, embedded: Path, layers: DeepSeekLayers) -> Figures:
     """Prompts through true DeepSeek-V3 layers; on the CPU platform through the embedded model."""
-    if scale is not FULL:
-        return _prompts(model, SMALL_LENGTHS)
-    with _deepseek_layers(max(LENGTHS) + 1) as folder:
-        return _prompts(folder, LENGTHS)
-
-
-@contextmanager
-def _deepseek_layers(max_len: int) -> Iterator[Path]:
-    """One dense layer, and as many with 256 experts as host memory holds twice."""
-    layer_bytes = 12e9
-    place = max((each for each in PLACES if each.is_dir()), key=lambda each: shutil.disk_usage(each).free)
-    room = min(host_memory.available_bytes() * 0.45, shutil.disk_usage(place).free * 0.9)
-    layers = min(MOST_LAYERS, int(room / layer_bytes))
-    if layers < 1:
-        raise ValueError(f"a layer of DeepSeek-V3 needs {layer_bytes / 1e9:g} GB twice, but only {room / 1e9:.3g} fit")
-    with tempfile.TemporaryDirectory(dir=place) as folder:
-        size = Size(num_moe_layers=layers, num_experts=256, max_len=max_len)
-        write_model(Path(folder) / "model", size, seed=0, skew=0.5)
-        yield Path(folder) / "model"
+    return _prompts(layers.folder, LENGTHS) if scale is FULL else _prompts(embedded, SMALL_LENGTHS)
 
 
 def _prompts(folder: Path, lengths: tuple[int, ...]) -> Figures:

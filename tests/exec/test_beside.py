@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hmoe_jax.exec.activity import Activity
 from hmoe_jax.exec.batch import DecodeRow, decode_batch, prefill_batch
 from hmoe_jax.exec.open import open_executor
 from hmoe_jax.exec.plan import EngineOptions
-from hmoe_jax.exec.programs import Executor
+from hmoe_jax.exec.programs import Executor, StepFunction
 from hmoe_jax.exec.step import decode_in_one, decode_in_two, decode_logits, decode_logits_beside, prefill
 from tests.serving import assert_idle, drawn, tokens
 from tests.tiny import random_ids, write_tiny
@@ -129,6 +130,16 @@ def test_the_program_gives_the_lane_both_parts_before_it_waits_for_one(executor:
     is_scheduled = "is_scheduled=true" in text
     assert is_scheduled
     assert kinds == ["submit", "submit", *["wait", "submit"] * 2 * (num_layers - 1), "wait", "wait"]
+
+
+@pytest.mark.parametrize("function", [decode_in_one, decode_in_two])
+@pytest.mark.parametrize("size", [2, 4])
+def test_no_step_copies_a_cache(executor: Executor, function: StepFunction, size: int) -> None:
+    program = executor._compile(function, executor.empty_decode(size)).as_text()
+    shape = ",".join(map(str, executor._state.caches[0].shape))
+    caches = re.findall(rf"= u16\[{shape}\]\S* ([\w-]+)", program)
+    assert "parameter" in caches
+    assert "copy" not in caches
 
 
 def test_the_same_program_lowers_for_cuda(executor: Executor) -> None:

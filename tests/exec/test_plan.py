@@ -286,8 +286,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> list[jax.Device]:
 def test_weights_that_a_gpu_cannot_hold_stay_with_the_cpu(gpus: list[jax.Device]) -> None:
     deepseek = read_config(Path(__file__).parents[2] / "models" / "deepseek-v3")
     chosen = resolve(EngineOptions(max_model_len=4096), deepseek, GPU)
-    assert (chosen.executor, chosen.residency) == ("fused", "pinned")
-    assert "fused: routed experts by the CPU, as all weights need" in chosen.reasons["executor"]
+    assert (chosen.executor, chosen.residency) == ("overlap", "pinned")
+    assert "overlap: routed experts by the CPU, as all weights need" in chosen.reasons["executor"]
     assert chosen.reasons["residency"] == "pinned, for copies to device 'gpu'"
     mapped = resolve(EngineOptions(max_model_len=4096, residency="mmap"), deepseek, GPU)
     assert mapped.residency == "mmap"
@@ -304,6 +304,9 @@ def test_long_prompts_of_a_large_model_are_streamed_to_a_gpu(gpus: list[jax.Devi
         r"32768 tokens should take 1[0-9]\.?\d* s, limited by .* cancelled within \d+ ms", chosen.reasons["stream"]
     )
     assert (chosen.stream.variant, chosen.attention) == ("kernel", "flash")
+    assert (chosen.executor, chosen.stream.fills_gaps, chosen.max_decode_slowdown) == ("overlap", True, 0.15)
+    in_turns = resolve(EngineOptions(max_model_len=32768, executor="fused"), deepseek, H100)
+    assert (in_turns.stream.fills_gaps, in_turns.max_decode_slowdown) == (False, 1.0)
     in_place = [size for size in chosen.buckets.prefill if size < least]
     assert in_place[:3] == [32, 128, 512 if least > 512 else least - 1]
     assert in_place[-1] == least - 1

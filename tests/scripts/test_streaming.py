@@ -110,12 +110,25 @@ def test_the_gpu_suite_runs_without_a_gpu(tmp_path: Path) -> None:
     status, stdout, stderr = finish("gpu_suite", "--json", f"--out={tmp_path / 'out'}", cache=tmp_path)
     assert status == 0, stdout + stderr
     results = json.loads(stdout.splitlines()[-1])
-    checks = ["versions", "executors", "copies", "pinned", "overlap", "grouped", "attention", "stream"]
+    checks = [
+        "versions",
+        "executors",
+        "copies",
+        "pinned",
+        "overlap",
+        "grouped",
+        "attention",
+        "stream",
+        "decode",
+        "beside",
+    ]
     assert list(results) == checks
     assert results["executors"]["graph_f32_error"] == 0.0  # the same device twice
     assert all(results["executors"][f"{name}_error"] < 0.05 for name in ("graph_f32", "stream"))
     assert "driver is not to be had" in results["pinned"].get("skipped", "driver is not to be had")
     assert results["stream"]["200_s"] > 0
+    assert all(results["decode"][f"2_{name}_tok_s"] > 0 for name in ("one", "two", "loop_one", "loop_two"))
+    assert 0 < results["beside"]["overlap_efficiency"] <= 1
     assert all(results["grouped"][f"{variant}_16_tflops"] > 0 for variant in variants_on("cpu"))
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
     status, _, stderr = finish("gpu_suite", "--only=speed", f"--out={tmp_path / 'out'}", cache=tmp_path)
