@@ -17,7 +17,7 @@ from hmoe_jax.core import unchecked
 from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch
 from hmoe_jax.exec.buckets import Buckets
 from hmoe_jax.exec.host_loop import Meanwhile
-from hmoe_jax.exec.quantum import Quanta, Quantum
+from hmoe_jax.exec.quantum import NOWHERE, Quanta, Quantum, Room
 from hmoe_jax.exec.step import StepOutput
 from hmoe_jax.kv.pages import CacheLayout
 from hmoe_jax.sampling import Sampled, SamplerState
@@ -37,9 +37,11 @@ class FakeExecutor:
         seconds: Callable[[str], None] = lambda stage: None,
         idles: Callable[[float], None] = lambda seconds: None,
         gap_s: float | None = None,
+        is_apart: bool = False,
     ):
         """`seconds` is told of every stage. With `gap_s` a decode step leaves the device for so long, before anything
-        else; `idles` is told what nobody has filled."""
+        else; `idles` is told what nobody has filled. `is_apart`: prompts go on by themselves, a part whenever they are
+        looked at."""
         self.config = SimpleNamespace(vocab_size=VOCAB_SIZE, num_moe_layers=1, num_experts=4)
         self.layout = CacheLayout(
             num_layers=1, num_pages=NUM_PAGES, page_size=PAGE_SIZE, latent_dim=1, chunk_pages=1, max_len=MAX_LEN
@@ -50,7 +52,7 @@ class FakeExecutor:
         self.num_open_prompts = 0
         self._filled_s = 0.0
         self._seconds, self._idles = seconds, idles
-        self._gap_s, self.has_gaps = gap_s or 0.0, gap_s is not None
+        self._gap_s, self.has_gaps, self._is_apart = gap_s or 0.0, gap_s is not None, is_apart
         self.reset()
 
     def admit(self, slot: int, row: SamplerState) -> None:
@@ -59,15 +61,16 @@ class FakeExecutor:
 
     def prefill(self, batch: PrefillBatch, *, scored: bool = False) -> Quanta:
         slot, start, length = int(batch.slot), int(batch.start), int(batch.length)
-        room = yield Quantum("begin", 0, NUM_PARTS, 0.0, has_begun=False)
+        elsewhere = {"has_begun": False, "is_elsewhere": True} if self._is_apart else {}
+        room = yield Quantum("begin", 0, NUM_PARTS, 0.0, **{"has_begun": False} | elsewhere)
         self.num_open_prompts += 1
         try:
             for part in range(NUM_PARTS):
-                while room is not None and room.choose([(PART_S, None)]) is None:
-                    room = yield Quantum("room", part, NUM_PARTS, 0.0, has_begun=False)
+                while room is not None and not self._fits(room):
+                    room = yield Quantum("room", part, NUM_PARTS, 0.0, **{"has_begun": False} | elsewhere)
                 self._enter("part", [slot])
                 self._filled_s += PART_S
-                room = yield Quantum("part", part, NUM_PARTS, PART_S)
+                room = yield Quantum("part", part, NUM_PARTS, PART_S, **elsewhere)
             for offset in range(length):
                 self._write(batch.table, start + offset, int(batch.tokens[offset]))
             token = self._sample(slot, batch.table, start + length, draws=bool(batch.is_last))
@@ -89,6 +92,9 @@ class FakeExecutor:
             self._write(table, position, int(batch.tokens[row]))
             tokens[row] = self._sample(int(batch.slots[row]), table, position + 1, draws=bool(batch.draws[row]))
         return self._output(tokens, np.where(batch.valid[None, :, None], 1, -1).astype(np.int32))
+
+    def _fits(self, room: Room) -> bool:
+        return room != NOWHERE if self._is_apart else room.choose([(PART_S, None)]) is not None
 
     def reset(self) -> None:
         self._enter("reset", [])

@@ -19,14 +19,13 @@ STAGES = ["admit", "part", "decode"]
 class Case:
     """A server, its fake executor, and a clock that only the test and the executor move."""
 
-    def __init__(
-        self, *, max_waiting: int = 100, slowdown_permille: int = 1000, step_s: float = 0.01, gap_s: float | None = None
-    ):
+    def __init__(self, *, max_waiting: int = 100, slowdown_permille: int = 1000, step_s: float = 0.01, **beside: Any):
+        """`beside` decoding: the fake executor's `gap_s` and `is_apart`."""
         self.now_s = 100.0
         self.executor = FakeExecutor(
             seconds=lambda stage: self.pass_time(0.0 if stage == "intact" else step_s),
             idles=self.pass_time,
-            gap_s=gap_s,
+            **beside,
         )
         layout, buckets = self.executor.layout, self.executor.buckets
         self.scheduler = Scheduler(layout, num_slots=NUM_SLOTS, piece_len=buckets.piece_len)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -10,16 +11,20 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from hmoe_jax.core import QueueFullError
 from hmoe_jax.request import Request, Sequence
-from tests.fake_executor import solo_run
+from tests.fake_executor import PART_S, solo_run
 from tests.server_case import STAGES, Case, fail_once
 
 
 class ServerMachine(RuleBasedStateMachine):
     """Traffic with aborts, deadlines, clock jumps and failures, all at random moments. The model: solo runs."""
 
-    @initialize(max_waiting=st.integers(1, 12), slowdown=st.sampled_from([1, 150, 1000]))
-    def begin(self, max_waiting: int, slowdown: int) -> None:
-        self.case = Case(max_waiting=max_waiting, slowdown_permille=slowdown)
+    @initialize(
+        max_waiting=st.integers(1, 12),
+        slowdown=st.sampled_from([1, 150, 1000]),
+        beside=st.sampled_from([{}, {"gap_s": 0.5 * PART_S}, {"gap_s": 2.5 * PART_S}, {"is_apart": True}]),
+    )
+    def begin(self, max_waiting: int, slowdown: int, beside: dict[str, Any]) -> None:
+        self.case = Case(max_waiting=max_waiting, slowdown_permille=slowdown, **beside)
         self.requests: list[Request] = []
         self.aborted: set[Request] = set()
         self.num_failures: Counter[Sequence] = Counter()
