@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from serving.picture import draw_timeline
 
 from hmoe_jax.engine import Engine
 from hmoe_jax.kernels.pool import cpu_name
+from hmoe_jax.perf.cost import expert_bytes
 
 _BATCH = flags.DEFINE_multi_integer("batch", [4, 8], "Sequences that decode together.", lower_bound=1)
 _CONTEXT = flags.DEFINE_integer("context", 257, "Tokens that each looks back at, at least.", lower_bound=1)
@@ -46,13 +48,15 @@ def main() -> None:
         wishes["max_model_len"] = engine_options()["max_model_len"] or load.max_len(**rounds)
         with Engine(MODEL.value, max_num_seqs=batch + 1, skip_tokenizer_init=True, **wishes) as engine:
             measured.append(measure(engine, load, **rounds))
-            activity = engine.activity()
+            activity, config = engine.activity(), engine.config
     setting = {
         "model": Path(MODEL.value).name,
         "cpu": cpu_name(),
         "device_cpus": _DEVICE_CPUS.value,
         "expert_cpus": wishes["expert_cpus"],
         "max_decode_slowdown": _SLOWDOWN.value,
+        "experts_gb": round(config.num_moe_layers * config.num_experts * expert_bytes(config) / 1e9, 2),
+        "peak_resident_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
     }
     text = titled_table(setting, [_cells(each) for each in measured])
     print(f"\n{text}")

@@ -7,18 +7,19 @@ bandwidth of host memory: `--dram_gbps` is what memory gives, `--expert_gbps` wh
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from typing import Any
 
 from absl import flags
 from flags import REPOSITORY
 from mains import print_json, run_main
+from planning.cuts import Cut, cuts
 
 from hmoe_jax.config import ModelConfig, read_config
-from hmoe_jax.exec.durations import Durations
 from hmoe_jax.exec.passes import stream_sizes
 from hmoe_jax.exec.plan import stream_bytes
-from hmoe_jax.perf.cost import Rates, prefill_cost
+from hmoe_jax.perf.cost import prefill_cost
 from hmoe_jax.perf.machines import GPUS, sheet_rates
 from hmoe_jax.perf.simulate import Beside, beside, prompt_of, stages
 from hmoe_jax.perf.sizes import cache_bytes_per_token
@@ -32,7 +33,10 @@ _BATCH = flags.DEFINE_multi_integer("batch", [1, 4, 16], "Sequences that decode 
 _CONTEXT = flags.DEFINE_integer("context", 4096, "Tokens that each looks back at.", lower_bound=1)
 _PROMPT = flags.DEFINE_integer("prompt_len", 32768, "Tokens of the prompt.", lower_bound=1)
 _QUANTUM = flags.DEFINE_float(
-    "quantum_ms", None, "The prompt's quanta; default: as long as streaming's longest is today.", lower_bound=1e-3
+    "quantum_ms",
+    None,
+    "The prompt's quanta, as if cutting it cost nothing; default: what the engine can.",
+    lower_bound=1e-3,
 )
 _SLOWDOWN = flags.DEFINE_float("max_slowdown", 0.15, "Tokens may take so much longer.", lower_bound=0.0)
 
@@ -57,11 +61,12 @@ def main() -> None:
         "prompt s",
         "beside",
         "gain",
+        "blocks, tiles",
         "best",
     )
     print(f"DeepSeek-V3, a prompt of {_PROMPT.value:,} tokens beside decoding at {_CONTEXT.value:,} of context")
     print(f"({PAPER})\n")
-    print(f"| {' | '.join(names)} |\n|---|---|{'---:|' * 8}---|")
+    print(f"| {' | '.join(names)} |\n|---|---|{'---:|' * 9}---|")
     for row in rows:
         rivals = [each for each in rows if all(each[name] == row[name] for name in ("gpu", "num_gpus", "batch"))]
         best = "*" if row["rate"] == max(each["rate"] for each in rivals) and len(rivals) > 1 else ""
@@ -70,26 +75,34 @@ def main() -> None:
 
 
 def _row(config: ModelConfig, gpu: str, batch: int, num_parts: int, num_gpus: int) -> dict[str, Any]:
+    """With the cut of the prompt that gains most."""
     rates = replace(sheet_rates(gpu, has_kernels=True), expert_gbps=_EXPERTS.value)
     parts = stages(config, rates, batch=batch, context=_CONTEXT.value, num_parts=num_parts)
-    result = beside(parts, _prompt(config, gpu, rates, num_gpus), max_slowdown=_SLOWDOWN.value)
-    return _record(result) | {"gpu": gpu, "num_gpus": num_gpus, "batch": batch, "num_parts": num_parts}
-
-
-def _prompt(config: ModelConfig, gpu: str, rates: Rates, num_gpus: int) -> Any:
     length = _PROMPT.value
     cache = length * cache_bytes_per_token(config, itemsize=2)
     memory = stream_bytes(config, int(GPUS[gpu].memory_gb * 1e9), platform="gpu", cache_bytes=cache, num_devices=1)
     sizes = stream_sizes(config, 1, memory_bytes=memory, max_len=length)
-    durations = Durations(config, rates)
-    quantum = max(
-        durations.block("front", sizes.block_len, length - sizes.block_len),
-        durations.tile(sizes.tile_rows[-1], sizes.group_size),
-    )
-    if _QUANTUM.value is not None:
-        quantum = _QUANTUM.value / 1e3
-    cost = prefill_cost(config, rates, length, **sizes.costs(1))
-    return prompt_of(cost, rates, quantum_s=quantum, dram_gbps=_DRAM.value, has_device=num_gpus == 2)
+    alone = prefill_cost(config, rates, length, **sizes.costs(1))
+    if _QUANTUM.value is not None or num_gpus == 2:  # on a GPU of its own nobody waits for it
+        known = [Cut(sizes.block_len, sizes.tile_rows[-1], (_QUANTUM.value or math.inf) / 1e3, alone)]
+    else:
+        known = cuts(config, rates, sizes, length)
+    where = {"dram_gbps": _DRAM.value, "has_device": num_gpus == 2}
+    results = [
+        (
+            cut,
+            beside(
+                parts,
+                prompt_of(cut.cost, rates, quantum_s=cut.quantum_s, **where),
+                alone_s=max(alone.copy_s, alone.front_s + alone.experts_s),
+                max_slowdown=_SLOWDOWN.value,
+            ),
+        )
+        for cut in known
+    ]
+    cut, result = max(results, key=lambda each: each[1].gain)
+    setting = {"gpu": gpu, "num_gpus": num_gpus, "batch": batch, "num_parts": num_parts}
+    return _record(result) | setting | {"block_len": cut.block_len, "rows": cut.rows}
 
 
 def _record(result: Beside) -> dict[str, Any]:
@@ -97,7 +110,7 @@ def _record(result: Beside) -> dict[str, Any]:
         "alone_s": result.alone.step_s,
         "beside_s": result.together.step_s,
         "slowdown": result.slowdown,
-        "prompt_alone_s": result.prompt.alone_s,
+        "prompt_alone_s": result.prompt_alone_s,
         "prompt_beside_s": result.together.seconds,
         "gain": result.gain,
         "rate": 1 / result.together.step_s,
@@ -117,6 +130,7 @@ def _line(row: dict[str, Any], best: str) -> str:
         f"{row['prompt_alone_s']:.1f}",
         f"{row['prompt_beside_s']:.1f}",
         f"{row['gain']:+.0%}",
+        f"{row['block_len']}, {row['rows']}",
         best,
     )
     return f"| {' | '.join(cells)} |"

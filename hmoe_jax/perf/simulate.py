@@ -63,11 +63,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Beside:
-    """A prompt beside decoding against decoding alone, and against taking turns."""
+    """A prompt beside decoding against decoding alone, and against taking turns: the prompt alone takes
+    `prompt_alone_s`."""
 
     alone: Outcome
     together: Outcome
     prompt: Prompt
+    prompt_alone_s: float
 
     @property
     def slowdown(self) -> float:
@@ -77,7 +79,7 @@ class Beside:
     @property
     def gain(self) -> float:
         """In throughput: how much longer the same steps and the same prompt take in turns."""
-        in_turns = self.together.num_steps * self.alone.step_s + self.prompt.alone_s
+        in_turns = self.together.num_steps * self.alone.step_s + self.prompt_alone_s
         return in_turns / self.together.seconds - 1
 
 
@@ -122,8 +124,12 @@ def simulate(
     return Outcome(steps, run.device_s, tuple(run.spans))
 
 
-def beside(parts: Sequence[Stages], prompt: Prompt, *, max_slowdown: float = 0.15) -> Beside:
-    return Beside(simulate(parts), simulate(parts, prompt=prompt, max_slowdown=max_slowdown), prompt)
+def beside(
+    parts: Sequence[Stages], prompt: Prompt, *, alone_s: float | None = None, max_slowdown: float = 0.15
+) -> Beside:
+    """`alone_s`: of the prompt where nobody decodes, if it is cut less finely then."""
+    together = simulate(parts, prompt=prompt, max_slowdown=max_slowdown)
+    return Beside(simulate(parts), together, prompt, prompt.alone_s if alone_s is None else alone_s)
 
 
 @dataclass

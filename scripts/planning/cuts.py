@@ -1,0 +1,53 @@
+"""Into how long quanta a streamed prompt can be cut, and what it costs to cut it finer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from hmoe_jax.config import ModelConfig
+from hmoe_jax.exec.durations import Durations
+from hmoe_jax.exec.passes import StreamSizes
+from hmoe_jax.perf.cost import PrefillCost, Rates, prefill_cost, tile_s, used_share
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Blocks of so many tokens, tiles of so many rows of one expert. `quantum_s` is the longest part, `cost` the whole
+    prompt's: every block makes keys and values of all its context, and every tile unpacks its expert."""
+
+    block_len: int
+    rows: int
+    quantum_s: float
+    cost: PrefillCost
+
+
+def cuts(config: ModelConfig, rates: Rates, sizes: StreamSizes, length: int) -> list[Cut]:
+    """As the engine cuts a prompt where others decode, on one device: with each length of blocks the largest tiles that
+    take no longer."""
+    return [
+        _cut(config, rates, sizes, length, block_len)
+        for block_len in replace(sizes, fills_gaps=True).block_lens(length, 1)
+    ]
+
+
+def _cut(config: ModelConfig, rates: Rates, sizes: StreamSizes, length: int, block_len: int) -> Cut:
+    block_s = Durations(config, rates).block("front", block_len, length - block_len)
+    rows = max([rows for rows in sizes.tile_rows if tile_s(config, rates, rows, 1) <= block_s] or sizes.tile_rows[:1])
+    whole = prefill_cost(config, rates, length, **sizes.costs(1) | {"block_len": block_len})
+    tokens = length / whole.num_passes
+    used = config.num_experts * used_share(config, tokens)
+    rows_each = tokens * config.top_k / used
+    num_tiles = whole.num_passes * config.num_moe_layers * used * math.ceil(rows_each / rows)
+    num_blocks = 2 * config.num_layers * math.ceil(length / block_len)
+    last = rows_each % rows or rows
+    full_tiles = whole.num_passes * config.num_moe_layers * used * (math.ceil(rows_each / rows) - 1)
+    experts_s = full_tiles * tile_s(config, rates, rows, 1) + (num_tiles - full_tiles) * tile_s(config, rates, last, 1)
+    front_s = whole.front_s + num_blocks * rates.dispatch_s
+    cost = replace(
+        whole,
+        front_s=front_s,
+        experts_s=experts_s + num_tiles * rates.dispatch_s,
+        seconds=max(whole.copy_s, front_s + experts_s + num_tiles * rates.dispatch_s),
+    )
+    return Cut(block_len, rows, max(block_s, tile_s(config, rates, rows, 1)) + rates.dispatch_s, cost)
