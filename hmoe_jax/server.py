@@ -213,11 +213,11 @@ class Server:
             return Room()
         return Room(self._turns.allowance_ns / 1e9, late_s=math.inf if self._turns.is_unfilled else 0.0)
 
-    def _let_prompt_go_on(self, size: int) -> Meanwhile | None:
-        """Beside a decode step of this size, if the others' token latency allows: what the step calls in its gaps."""
+    def _let_prompt_go_on(self, num_rows: int) -> Meanwhile | None:
+        """Beside a decode step of so many sequences, if the others' token latency allows: what is called in its gaps."""
         prompt = self._prompt
         is_beside = prompt is not None and (prompt.fits_gaps or prompt.is_elsewhere)
-        may_go_on = self._turns.begin_step(size, offers_gaps=is_beside)
+        may_go_on = self._turns.begin_step(num_rows, offers_gaps=is_beside)
         if prompt is not None and prompt.is_elsewhere:
             begin = self._clock()
             self._advance(Room() if may_go_on else NOWHERE)
@@ -308,7 +308,7 @@ class Server:
         ]
         size = self._executor.buckets.for_decode(len(rows))
         batch = decode_batch(rows, self._executor.layout, size=size, num_slots=self._executor.num_slots)
-        meanwhile = self._let_prompt_go_on(size)
+        meanwhile = self._let_prompt_go_on(len(rows))
         begin = self._clock()
         sampled, routes = self._fetch(self._executor.step(batch, meanwhile=meanwhile))
         elapsed_ns = self._since_ns(begin)

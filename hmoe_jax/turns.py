@@ -52,7 +52,7 @@ class Turns:
         return self._is_offered and not self._is_filled
 
     def begin_step(self, size: int, *, offers_gaps: bool) -> bool:
-        """Decoding begins, in a batch of this size. Whether a prompt may fill its gaps, if it `offers_gaps`."""
+        """Decoding begins, of so many sequences. Whether a prompt may fill its gaps, if it `offers_gaps`."""
         self._size, self._late_ns, self._is_filled = size, 0, False
         self._is_offered = offers_gaps and size in self._alone_ns and self.allowance_ns >= 0
         self._num_offered += self._is_offered

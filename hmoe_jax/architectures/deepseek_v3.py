@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.core import record
@@ -135,7 +135,7 @@ def forward_in_parts(
     caches: tuple[Cache, ...],
     experts: ExpertsBeside,
 ) -> Forward:
-    """The same for tokens in several parts, whose results are put together in their order."""
+    """The same for tokens that are dealt out to parts of equal size, in turn; the results are in the tokens' order."""
     new_caches = list(caches)
     with jax.named_scope("embed"):
         flows = [
@@ -143,10 +143,15 @@ def forward_in_parts(
             for part, (tokens, attend) in enumerate(parts)
         ]
     through_layers(flows, new_caches, experts)
-    x = jnp.concatenate([flow.x for flow in flows])
+    x = put_together([flow.x for flow in flows])
     hidden = rms_norm(x, weights.norm, config.norm_eps)
-    routes = [jnp.concatenate(each) for each in zip(*(flow.routes for flow in flows), strict=True)]
+    routes = [put_together(each) for each in zip(*(flow.routes for flow in flows), strict=True)]
     return hidden, tuple(new_caches), stack_routes(config, routes, num_tokens=len(x))
+
+
+def put_together(parts: Sequence[Shaped[Array, t *d]]) -> Shaped[Array, n *d]:
+    """Rows of parts to which they were dealt out in turn, in their order."""
+    return jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
 
 
 def through_layers(flows: Sequence[Flow[Cache]], caches: MutableSequence[Cache], experts: ExpertsBeside) -> None:

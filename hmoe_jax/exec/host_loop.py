@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
@@ -42,7 +41,7 @@ class HostLoop:
         self._config, self._lane, self._device = config, lane, device
         self._layers, self._kinds, self._outside = weights.layers, layer_kinds(weights), replace(weights, layers=())
         self._programs = _Programs(config, layout)
-        self._job_s: dict[int, float] = {}
+        self._job_s: dict[tuple[int, int], float] = {}
 
     def step(
         self,
@@ -55,13 +54,14 @@ class HostLoop:
         """One token further for every sequence of the batch, which `num_parts` divides. What runs `meanwhile` may
         change the state of others."""
         whole, parts = jax.device_put((batch, in_parts(batch, num_parts)), self._device)
-        size = len(batch.tokens) // num_parts
-        experts = _ExpertsOnLane(self._lane, self._device, meanwhile, job_s=self._job_s.get(size, 0.0))
+        size, num_rows = len(batch.tokens) // num_parts, int(batch.valid.sum())
+        job_s = self._job_s.get((num_rows, num_parts), 0.0)
+        experts = _ExpertsOnLane(self._lane, self._device, meanwhile, job_s=job_s)
         flows = [self._flow(part, rows, experts) for part, rows in enumerate(parts)]
         busy_s = self._lane.busy_s
         through_layers(flows, state.caches, experts)
-        if batch.valid.any():
-            self._learn(size, num_parts, self._lane.busy_s - busy_s)
+        if num_rows:
+            self._learn(num_rows, num_parts, self._lane.busy_s - busy_s)
         last = (self._outside, state.sampler, whole, tuple(flow.x for flow in flows))
         sampled, state.sampler = self._programs.run(("tail", size, num_parts), self._programs.tail, *last, donated=1)
         return StepOutput(sampled, self._routes(flows))
@@ -75,13 +75,14 @@ class HostLoop:
         """Of all MoE layers: the host has seen them already."""
         parts = [np.array([np.asarray(ids) for ids in flow.routes], np.int32) for flow in flows]
         shape = (self._config.num_moe_layers, -1, self._config.top_k)
-        return np.concatenate([each.reshape(shape) for each in parts], axis=1)
+        return np.stack([each.reshape(shape) for each in parts], axis=2).reshape(shape)
 
-    def _learn(self, size: int, num_parts: int, busy_s: float) -> None:
+    def _learn(self, num_rows: int, num_parts: int, busy_s: float) -> None:
         num_jobs = num_parts * self._config.num_moe_layers
         if num_jobs:
             job_s = busy_s / num_jobs
-            self._job_s[size] = averaged(self._job_s.get(size, job_s), job_s)
+            key = (num_rows, num_parts)
+            self._job_s[key] = averaged(self._job_s.get(key, job_s), job_s)
 
 
 class Unfinished(NamedTuple):
@@ -140,11 +141,13 @@ class _ExpertsOnLane:
     meanwhile: Meanwhile
     job_s: float
     until: float = field(default=0.0, init=False)
+    num_open: int = field(default=0, init=False)
 
     def start(self, part: int, layer: int, seam: Seam) -> tuple[_Job, Array]:
         hidden, ids, weights = jax.device_get((seam.hidden, seam.ids, seam.weights))  # waits for the device
         ticket = self.lane.submit(part, layer, hidden.view(np.uint16), ids, weights)
         self.until = max(self.until, time.perf_counter()) + self.job_s
+        self.num_open += 1
         out = aligned((len(hidden), 4 * hidden.shape[1])).view(np.float32)
         return _Job(ticket, self.until, out), seam.hidden
 
@@ -152,6 +155,8 @@ class _ExpertsOnLane:
         while not self.lane.is_done(part, job.ticket) and self.meanwhile(job.until - time.perf_counter()):
             pass
         self.lane.wait(part, job.ticket, job.out)
+        self.num_open -= 1
+        self.until = min(self.until, time.perf_counter() + self.num_open * self.job_s)  # it may have been early
         return jax.device_put(job.out, self.device, may_alias=True)
 
     def in_order(self, value: Any, after: Array) -> Any:
@@ -190,7 +195,7 @@ class _Programs:
     def tail(
         self, outside: Weights, sampler: SamplerState, batch: DecodeBatch, parts: tuple[Activations, ...]
     ) -> tuple[Sampled, SamplerState]:
-        x = jnp.concatenate([_closed(part) for part in parts])
+        x = deepseek_v3.put_together([_closed(part) for part in parts])
         logits = deepseek_v3.logits(outside, rms_norm(x, outside.norm, self._config.norm_eps))
         return sample(sampler, batch.slots, logits, batch.draws)
 

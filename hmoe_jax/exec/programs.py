@@ -70,7 +70,7 @@ class Executor:
     ) -> StepOutput:
         """Runs a batch whose size is one of the buckets. `scored` asks for a prompt's log-probabilities.
 
-        Where a decode step leaves the device idle, `meanwhile` may use it: it is called if the executor `has_gaps`.
+        Where a decode step with a lane leaves the device idle, `meanwhile` may use it.
         """
         if isinstance(batch, PrefillBatch):
             return self.run(prefill_scored if scored else prefill, batch)
@@ -135,8 +135,8 @@ class Executor:
 
     @property
     def has_gaps(self) -> bool:
-        """Whether decode steps leave the device to somebody else while the CPU computes routed experts."""
-        return self._loop is not None
+        """Whether prompts are computed while decode steps leave the device for routed experts on the CPU."""
+        return False
 
     @property
     def lane(self) -> ExpertLane | None:

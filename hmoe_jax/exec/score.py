@@ -13,7 +13,7 @@ from hmoe_jax.exec.batch import DecodeRow, decode_batch, prefill_batch
 from hmoe_jax.exec.open import open_executor
 from hmoe_jax.exec.plan import engine_options
 from hmoe_jax.exec.programs import Executor
-from hmoe_jax.exec.step import decode_logits, prefill_logits
+from hmoe_jax.exec.step import decode_logits, decode_logits_beside, prefill_logits
 
 
 class Scorer:
@@ -47,7 +47,10 @@ class Scorer:
         """Logits after one more token, by cached decode."""
         row = DecodeRow(token, position, slot=0, pages=self._pages)
         batch = decode_batch([row], self.executor.layout, size=1, num_slots=self.executor.num_slots)
-        return np.asarray(self.executor.run(decode_logits, batch))[0]
+        function = decode_logits if self.executor.lane is None else decode_logits_beside
+        logits = np.asarray(self.executor.run(function, batch))[0]
+        self.executor.check_intact()
+        return logits
 
     def close(self) -> None:
         self.executor.close()

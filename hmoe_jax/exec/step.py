@@ -177,10 +177,9 @@ def decode_attention(config: ModelConfig, layout: CacheLayout, batch: DecodeBatc
 
 
 def in_parts(batch: DecodeBatch, num_parts: int) -> list[DecodeBatch]:
-    """Of equal size: `num_parts` divides the batch."""
-    size = len(batch.tokens) // num_parts
-    begins = range(0, len(batch.tokens), size)
-    return [jax.tree.map(lambda rows, begin=begin: rows[begin : begin + size], batch) for begin in begins]
+    """Of equal size, as `num_parts` divides the batch; its rows are dealt out in turn, so that each part has as much of
+    the padding, which stands at the end."""
+    return [jax.tree.map(lambda rows, part=part: rows[part::num_parts], batch) for part in range(num_parts)]
 
 
 def layer_kinds(weights: Weights) -> list[str]:

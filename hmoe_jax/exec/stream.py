@@ -63,6 +63,9 @@ Value = TypeVar("Value")
 Part = Generator[Quantum, Room | None, Value]
 """A part of `Quanta`."""
 
+PAGES_S = 0.01
+"""Pages are copied for about so long at a time, where others wait: of DeepSeek-V3 some dozen layers of 32K tokens."""
+
 LIKELY = 0.9
 """An expert is copied before its layer's router has chosen if it is at least so probable that some token chooses it."""
 
@@ -103,6 +106,8 @@ class StreamExecutor(Executor):
         self.stream, self._durations, self._pace = stream, Durations(config, stream.rates), Pace()
         self.recorder = Recorder()
         """Of the last prefill."""
+        self._in_gaps = self.recorder
+        """Of the last one that was computed while others waited."""
         self.watches_computing = False
         """Whether recorders time computations too, which costs a thread that waits for each."""
         self._tile_sizes: dict[str, Any] = {
@@ -173,24 +178,37 @@ class StreamExecutor(Executor):
     def _hand_over(self, prompt: _Prompt) -> Part[None]:
         """What the prompt left in the cache, to the device that decodes."""
         pages = prompt.pages(prompt.start, prompt.start + prompt.length, self.layout.page_size)
-        for index, (cache, *_) in enumerate(self._mirrors):
-            yield from self._chosen("pages", index, prompt, [(0.0, None)], lambda _: None)
-            self._state.caches[index] = copy_pages(cache, self._state.caches[index], pages)
-            yield from self._copied(index, prompt, self._state.caches[index])
+
+        def copy(index: int) -> Any:
+            self._state.caches[index] = copy_pages(self._mirrors[index][0], self._state.caches[index], pages)
+            return self._state.caches[index]
+
+        yield from self._over_layers(copy, prompt)
 
     def _fetch_context(self, prompt: _Prompt) -> Part[None]:
         """What the prompt looks back at, to the other devices: they have not seen what was computed in place."""
         pages = prompt.pages(0, prompt.start, self.layout.page_size)
-        for index, mirrors in enumerate(self._mirrors if len(pages) and self._others else ()):
-            yield from self._chosen("pages", index, prompt, [(0.0, None)], lambda _: None)
-            mirrors[:] = [copy_pages(self._state.caches[index], mirror, pages) for mirror in mirrors]
-            yield from self._copied(index, prompt, mirrors)
 
-    def _copied(self, index: int, prompt: _Prompt, caches: Any) -> Part[None]:
-        """Pages of a layer are on their way; where others wait, they have come."""
-        if prompt.room is not None:
-            jax.block_until_ready(caches)
-        prompt.room = yield Quantum("pages", index, self.config.num_layers, 0.0)
+        def copy(index: int) -> Any:
+            mirrors = self._mirrors[index]
+            mirrors[:] = [copy_pages(self._state.caches[index], mirror, pages) for mirror in mirrors]
+            return mirrors
+
+        if len(pages) and self._others:
+            yield from self._over_layers(copy, prompt)
+
+    def _over_layers(self, copy: Callable[[int], Any], prompt: _Prompt) -> Part[None]:
+        """Sends pages, layer by layer. Where others wait, they come in parts of `PAGES_S`."""
+        index = 0
+        while index < self.config.num_layers:
+            yield from self._chosen("pages", index, prompt, [(0.0, None)], lambda _: None)
+            until = time.perf_counter() + PAGES_S
+            while index < self.config.num_layers and time.perf_counter() < until:
+                copied = copy(index)
+                if prompt.room is not None:
+                    jax.block_until_ready(copied)
+                index += 1
+            prompt.room = yield Quantum("pages", index - 1, self.config.num_layers, 0.0)
 
     def _streamed(self, prompt: _Prompt) -> Quanta:
         """Its value: the activations after the last layer, and the expert ids of every MoE layer."""
@@ -226,8 +244,12 @@ class StreamExecutor(Executor):
         ]
 
     def activity(self) -> Activity:
-        prompt, copies = tuple(self.recorder.computed), tuple(self.recorder.copies)
+        prompt, copies = tuple(self._in_gaps.computed), tuple(self._in_gaps.copies)
         return replace(super().activity(), prompt=prompt, copies=copies)
+
+    @property
+    def has_gaps(self) -> bool:
+        return self.stream.fills_gaps
 
     @property
     def copied_bytes(self) -> int:
@@ -332,6 +354,7 @@ class StreamExecutor(Executor):
             done.block_until_ready()
             span = Span(name, begin, time.perf_counter())
             self.recorder.computed.append(span)
+            self._in_gaps = self.recorder
             self._pace.learn(name, size, predicted_s, span.end - span.begin)
             return
         self.recorder.computing(name, done)

@@ -86,6 +86,7 @@ def compare(executor: Executor, *, batch: int, context: int, num_rounds: int) ->
         assert stats is not None
         before, begin = stats().seconds, time.perf_counter()
         jax.block_until_ready(WAYS[name](executor, inputs))
+        executor.check_intact()
         return Step(time.perf_counter() - begin, stats().seconds - before)
 
     for name in WAYS:
