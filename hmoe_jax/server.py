@@ -214,7 +214,7 @@ class Server:
         return Room(self._turns.allowance_ns / 1e9, late_s=math.inf if self._turns.is_unfilled else 0.0)
 
     def _let_prompt_go_on(self, num_rows: int) -> Meanwhile | None:
-        """Beside a decode step of so many sequences, if the others' token latency allows: what is called in its gaps."""
+        """Beside a step of so many sequences, if the others' token latency allows: what is called in its gaps."""
         prompt = self._prompt
         is_beside = prompt is not None and (prompt.fits_gaps or prompt.is_elsewhere)
         may_go_on = self._turns.begin_step(num_rows, offers_gaps=is_beside)

@@ -69,7 +69,7 @@ class Measured:
 
     @property
     def mean_slowdown(self) -> float:
-        """Of the time between tokens on the average, which is what `max_decode_slowdown` bounds."""
+        """Of the time between tokens on the average, which `max_decode_slowdown` steers."""
         return statistics.median(
             statistics.mean(each.beside_s) / statistics.mean(each.alone_s) - 1 for each in self.rounds
         )
