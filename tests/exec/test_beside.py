@@ -165,10 +165,17 @@ def test_an_engine_writes_what_the_fused_one_writes(tmp_path: Path) -> None:
             written.append(tokens(outputs))
             efficiencies.append(engine.metrics().overlap_efficiency)
             activities.append(engine.activity())
+            jobs = [] if engine._executor.lane is None else engine._executor.lane.jobs()
             assert_idle(engine)
     assert written[1] == written[0]
     assert (efficiencies[0], activities[0]) == (0.0, Activity())
     assert 0.5 <= efficiencies[1] <= 1.0  # the longer one of two sides
+    pairs = [(a, b) for a, b in itertools.pairwise(jobs) if b.slot == 1]
+    assert pairs
+    for a, b in pairs:
+        assert (a.slot, a.layer) == (0, b.layer)
+        # The device computed B's front when the experts had A, and waits for A when they have B.
+        assert a.submitted_s <= b.submitted_s <= a.awaited_s
     for spans in (activities[1].device, activities[1].experts):
         assert {"A", "B"} <= {span.name for span in spans}
         assert all(first.end <= second.begin for first, second in itertools.pairwise(spans))
