@@ -94,7 +94,8 @@ class Engine:
             piece_len=self.plan.buckets.piece_len,
             finds_prefixes=self.plan.enable_prefix_caching,
         )
-        turns = Turns(round(self.plan.max_decode_slowdown * 1000))
+        beside, in_turn = (round(each * 1000) for each in (self.plan.max_decode_slowdown, self.plan.max_turn_slowdown))
+        turns = Turns(beside, in_turn_permille=in_turn)
         limits: dict[str, Any] = {"max_waiting": self.plan.max_num_waiting, "clock": self._clock}
         self._loop = ServingLoop(Server(self._executor, self._scheduler, turns, **limits), self._executor)
         self._ids, self._seeds = itertools.count(), np.random.SeedSequence(seed)

@@ -62,6 +62,11 @@ class _Prompt:
     is_elsewhere: bool
     """Whether it goes on by itself, on devices of its own."""
 
+    @property
+    def is_beside(self) -> bool:
+        """Whether others can decode meanwhile."""
+        return self.fits_gaps or self.is_elsewhere
+
 
 class Server:
     """Owns the queue of one executor. Any thread may `submit` and `abort` at any time; one at a time calls `step`.
@@ -201,8 +206,9 @@ class Server:
         """Parts of the prompt, as many as the others' token latency allows."""
         while self._prompt is not None and self._turns.is_prompts and not is_interrupted():
             begin = self._clock()
+            in_turn = not self._prompt.is_beside
             has_begun = self._advance(self._room_of_turn(self._prompt))
-            self._turns.prefilled(self._since_ns(begin))
+            self._turns.prefilled(self._since_ns(begin), in_turn=in_turn)
             self.tidy()
             if not has_begun:  # and decoding does not wait for it
                 return
@@ -216,8 +222,7 @@ class Server:
     def _let_prompt_go_on(self, num_rows: int) -> Meanwhile | None:
         """Beside a step of so many sequences, if the others' token latency allows: what is called in its gaps."""
         prompt = self._prompt
-        is_beside = prompt is not None and (prompt.fits_gaps or prompt.is_elsewhere)
-        may_go_on = self._turns.begin_step(num_rows, offers_gaps=is_beside)
+        may_go_on = self._turns.begin_step(num_rows, offers_gaps=prompt is not None and prompt.is_beside)
         if prompt is not None and prompt.is_elsewhere:
             begin = self._clock()
             self._advance(Room() if may_go_on else NOWHERE)

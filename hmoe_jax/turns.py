@@ -26,10 +26,12 @@ class Turns:
     in nanoseconds.
     """
 
-    def __init__(self, slowdown_permille: int):
-        if slowdown_permille < 1:
-            raise ValueError(f"slowdown_permille must be at least 1, got {slowdown_permille}")
-        self._slowdown_permille = slowdown_permille
+    def __init__(self, slowdown_permille: int, *, in_turn_permille: int | None = None):
+        """`in_turn_permille` is that of prompts that stop decoding; default: the same."""
+        in_turn_permille = slowdown_permille if in_turn_permille is None else in_turn_permille
+        if min(slowdown_permille, in_turn_permille) < 1:
+            raise ValueError(f"slowdown_permille must be at least 1, got {slowdown_permille} and {in_turn_permille}")
+        self._slowdown_permille, self._in_turn_permille = slowdown_permille, in_turn_permille
         self._owed = 0  # in thousandths of a nanosecond
         self._alone_ns: dict[int, deque[int]] = {}
         self._size, self._late_ns, self._num_offered = 0, 0, 0
@@ -74,9 +76,10 @@ class Turns:
         self._owed = max(self._owed + 1000 * taken_ns - self._slowdown_permille * alone_ns, 0)
         self._late_ns = 0
 
-    def prefilled(self, elapsed_ns: int) -> None:
-        """A prompt computed while sequences waited for their next tokens."""
-        self._owed += 1000 * elapsed_ns
+    def prefilled(self, elapsed_ns: int, *, in_turn: bool = False) -> None:
+        """A prompt computed while sequences waited for tokens; `in_turn`: one that is never computed beside them."""
+        permille = self._in_turn_permille if in_turn else self._slowdown_permille
+        self._owed += 1000 * elapsed_ns * self._slowdown_permille // permille
 
     def idle(self) -> None:
         """Nobody waits for a token."""

@@ -67,7 +67,7 @@ class EngineOptions:
     CPUs of the native kernels' threads, of each NUMA node, like "0-15;16-31". At most `max_num_waiting` sequences wait
     for one of `max_num_seqs` places. `enable_prefix_caching` keeps what prompts left in the cache, for later ones that
     begin alike. `max_decode_slowdown` is how much longer tokens may take on the average while a prompt is computed: 1.0
-    is twice as long.
+    is twice as long; "auto" is 0.15 for prompts that are computed beside decoding, and 1.0 for the others.
     """
 
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -162,6 +162,7 @@ class Plan:
     max_num_waiting: int
     enable_prefix_caching: bool
     max_decode_slowdown: float
+    max_turn_slowdown: float
     expert_cpus: str
     split_sizes: tuple[int, ...]
     stream: StreamPlan | None = None
@@ -229,6 +230,7 @@ def resolve(options: EngineOptions, config: ModelConfig, hardware: Hardware) -> 
         max_num_waiting=options.max_num_waiting,
         enable_prefix_caching=options.enable_prefix_caching,
         max_decode_slowdown=_slowdown(options, stream, reasons),
+        max_turn_slowdown=TURNS_SLOWDOWN if options.max_decode_slowdown == "auto" else options.max_decode_slowdown,
         expert_cpus=options.expert_cpus,
         split_sizes=_split_sizes(options, config, hardware, executor, layout, buckets, reasons),
         stream=stream,
@@ -416,16 +418,17 @@ def _beside_weights(config: ModelConfig, memory_bytes: int) -> int:
 
 
 def _slowdown(options: EngineOptions, stream: StreamPlan | None, reasons: dict[str, str]) -> float:
+    """Of decoding by prompts. Where some are computed beside it, those that must take turns all the same have
+    `max_turn_slowdown`: they are short, and cannot be cut."""
     if options.max_decode_slowdown != "auto":
         return options.max_decode_slowdown
-    if stream is not None and stream.fills_gaps:
-        reasons["max_decode_slowdown"] = f"{BESIDE_SLOWDOWN}, as prompts are computed in the gaps of decode steps"
-        return BESIDE_SLOWDOWN
-    if options.prefill_apart:
-        reasons["max_decode_slowdown"] = f"{BESIDE_SLOWDOWN}, as prompts are computed on devices of their own"
-        return BESIDE_SLOWDOWN
-    reasons["max_decode_slowdown"] = f"{TURNS_SLOWDOWN}, as prompts and decoding take turns"
-    return TURNS_SLOWDOWN
+    if stream is None or not (stream.fills_gaps or options.prefill_apart):
+        reasons["max_decode_slowdown"] = f"{TURNS_SLOWDOWN}, as prompts and decoding take turns"
+        return TURNS_SLOWDOWN
+    where = "on devices of their own" if options.prefill_apart else "in the gaps of decode steps"
+    others = f"; {TURNS_SLOWDOWN} for those computed in place" if stream.least_tokens > 1 else ""
+    reasons["max_decode_slowdown"] = f"{BESIDE_SLOWDOWN}, as prompts are computed {where}{others}"
+    return BESIDE_SLOWDOWN
 
 
 def _split_sizes(
