@@ -49,9 +49,9 @@ void TestResultsAreThoseOfTheCall() {
   }
   CHECK(c.Wait(0, c.Submit(0, none), none).empty());
 
-  // Of each job one record, though one was fetched twice.
+  // Of each job one record, though some were fetched twice.
   const std::vector<JobTimes> jobs = c.lane->Jobs();
-  CHECK_EQ(jobs.size(), size_t{4});
+  CHECK_EQ(jobs.size(), size_t{3 * 50 + 1});
   int64_t computed = 0, waited = 0;
   for (const JobTimes& job : jobs) {
     CHECK(0 < job.submitted && job.submitted <= job.begun && job.begun <= job.done &&
@@ -63,6 +63,19 @@ void TestResultsAreThoseOfTheCall() {
   CHECK_EQ(jobs[1].slot, 1);
   CHECK_EQ(c.lane->busy().count(), computed);
   CHECK_EQ(c.lane->waited().count(), waited);
+}
+
+void TestTheLastJobsAreKept() {
+  Case c(1);
+  const Batch none(c.experts.shape, 0);
+  const int32_t first = c.Submit(0, none);
+  c.Wait(0, first, none);
+  const int64_t earliest = c.lane->Jobs().front().submitted;
+  for (size_t i = 0; i < ExpertLane::kKeptJobs; ++i) c.Wait(0, c.Submit(0, none), none);
+  const std::vector<JobTimes> jobs = c.lane->Jobs();
+  CHECK_EQ(jobs.size(), ExpertLane::kKeptJobs);
+  CHECK(jobs.front().submitted > earliest);
+  for (size_t i = 1; i < jobs.size(); ++i) CHECK(jobs[i - 1].fetched <= jobs[i].submitted);
 }
 
 void TestTheOperandsAreCopied() {
@@ -145,6 +158,7 @@ void TestErrorsAreSentences() {
 
 int main() {
   hmoe::TestResultsAreThoseOfTheCall();
+  hmoe::TestTheLastJobsAreKept();
   hmoe::TestTheOperandsAreCopied();
   hmoe::TestAJobThatNobodyAwaitsHoldsNobodyUp();
   hmoe::TestThreadsUseSlotsOfTheirOwn();
