@@ -149,7 +149,7 @@ def forward_in_parts(
     return hidden, tuple(new_caches), stack_routes(config, routes, num_tokens=len(x))
 
 
-def put_together(parts: Sequence[Shaped[Array, t * d]]) -> Shaped[Array, n * d]:
+def put_together(parts: Sequence[Shaped[Array, "t ..."]]) -> Shaped[Array, "n ..."]:
     """Rows of parts to which they were dealt out in turn, in their order."""
     return jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
 
