@@ -336,23 +336,22 @@ def _stream(
         raise ValueError(f"prefill 'stream' needs executor 'fused', with experts in host memory, got {executor!r}")
     planned = None
     if executor != "graph" and options.prefill != "step":
-        planned = _plan_stream(options, config, hardware, executor, layout, reasons)
+        planned = _plan_stream(options, config, hardware, layout, reasons)
     if planned is None and options.prefill_devices > 1:
         raise ValueError(f"prefill_devices {options.prefill_devices} needs prefill 'stream'")
     if planned is None and options.prefill_apart:
         raise ValueError("prefill_apart needs prefill 'stream'")
     if planned is None and options.link_gbps is not None:
         raise ValueError(f"link_gbps {options.link_gbps} needs prefill 'stream'")
-    return planned
+    if planned is None or executor != "overlap" or options.prefill_apart:
+        return planned
+    # Several processes must start the same programs, and each has a clock of its own.
+    is_alone = {device.process_index for device in planned.devices} == {jax.process_index()}
+    return replace(planned, fills_gaps=is_alone)
 
 
 def _plan_stream(
-    options: EngineOptions,
-    config: ModelConfig,
-    hardware: Hardware,
-    executor: str,
-    layout: CacheLayout,
-    reasons: dict[str, str],
+    options: EngineOptions, config: ModelConfig, hardware: Hardware, layout: CacheLayout, reasons: dict[str, str]
 ) -> StreamPlan | None:
     """None if it was left to us and no prompt gains by it."""
     devices, is_free = jax.devices(hardware.platform), options.prefill == "auto"
@@ -395,10 +394,7 @@ def _plan_stream(
         f"{len(chosen)} device(s); {layout.max_len} tokens should take {longest.seconds:.3g} s, limited by "
         f"{longest.limit} ({rates.name}), and is cancelled within {cancelling * 1e3:.0f} ms"
     )
-    # Several processes must start the same programs, and each has a clock of its own.
-    is_alone = {device.process_index for device in chosen} == {jax.process_index()}
-    fills_gaps = executor == "overlap" and not options.prefill_apart and is_alone
-    sizes = replace(sizes, variant=rates.variant, fills_gaps=fills_gaps)
+    sizes = replace(sizes, variant=rates.variant)
     return StreamPlan(**vars(sizes), rates=rates, devices=chosen, least_tokens=least, link_gbps=options.link_gbps)
 
 
