@@ -34,8 +34,8 @@ class Rates:
     `device_gbps`: a device's reading of weights when it decodes; `decode_linear_tflops`: what it multiplies with them
     for each token but the first; `decode_attention_tflops`: its attention to latents then.
     `linear_tflops`, `grouped_tflops`, `attention_tflops`: one device's dense projections for many tokens, and routed
-    experts and attention of a prompt. `unpack_gbps`: its turning of stored
-    experts into what it multiplies, once for each tile of tokens. `dispatch_s`: starting one program.
+    experts and attention of a prompt. `unpack_gbps`: its turning of stored experts into what it multiplies, once for
+    each tile of tokens. `dispatch_s`: starting one program.
     `variant`: the fastest way to multiply a group (`kernels.grouped.VARIANTS`), whose rate `grouped_tflops` is;
     `attention`: the same of `attention_tflops`.
     """

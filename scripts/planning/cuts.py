@@ -38,16 +38,11 @@ def _cut(config: ModelConfig, rates: Rates, sizes: StreamSizes, length: int, blo
     tokens = length / whole.num_passes
     used = config.num_experts * used_share(config, tokens)
     rows_each = tokens * config.top_k / used
-    num_tiles = whole.num_passes * config.num_moe_layers * used * math.ceil(rows_each / rows)
-    num_blocks = 2 * config.num_layers * math.ceil(length / block_len)
-    last = rows_each % rows or rows
-    full_tiles = whole.num_passes * config.num_moe_layers * used * (math.ceil(rows_each / rows) - 1)
-    experts_s = full_tiles * tile_s(config, rates, rows, 1) + (num_tiles - full_tiles) * tile_s(config, rates, last, 1)
-    front_s = whole.front_s + num_blocks * rates.dispatch_s
-    cost = replace(
-        whole,
-        front_s=front_s,
-        experts_s=experts_s + num_tiles * rates.dispatch_s,
-        seconds=max(whole.copy_s, front_s + experts_s + num_tiles * rates.dispatch_s),
-    )
+    full, last = divmod(rows_each, rows)
+    parts = [(full, rows), (1, last)] if last else [(full, rows)]
+    one_expert_s = sum(count * (tile_s(config, rates, own, 1) + rates.dispatch_s) for count, own in parts)
+    experts_s = whole.num_passes * config.num_moe_layers * used * one_expert_s
+    front_s = whole.front_s + 2 * config.num_layers * math.ceil(length / block_len) * rates.dispatch_s
+    seconds = max(whole.copy_s, front_s + experts_s)
+    cost = replace(whole, front_s=front_s, experts_s=experts_s, seconds=seconds)
     return Cut(block_len, rows, max(block_s, tile_s(config, rates, rows, 1)) + rates.dispatch_s, cost)
