@@ -9,24 +9,22 @@ where reading weights is most of the work, the device's side takes twice as long
 from __future__ import annotations
 
 import json
-import os
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
 from absl import flags
-from flags import MODEL, engine_options
+from flags import MODEL
 from mains import make_folder, print_json, run_main, titled_table, write_atomically
+from overlapping.sides import pinned_options, setting
 from overlapping.timing import Comparison, compare
 
 from hmoe_jax.exec.open import open_executor
 from hmoe_jax.exec.plan import EngineOptions
-from hmoe_jax.kernels.pool import cpu_name
 
 _BATCH = flags.DEFINE_multi_integer("batch", [8, 16], "Sequences that decode together; even.", lower_bound=2)
 _CONTEXT = flags.DEFINE_multi_integer("context", [2048, 4096], "Tokens that each looks back at.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Steps of each kind, in turn.", lower_bound=1)
-_DEVICE_CPUS = flags.DEFINE_multi_integer("device_cpu", [0], "Processors of XLA's side.", lower_bound=0)
 _OUT = flags.DEFINE_string("out", "out/overlap", "Folder for the results; made if it is missing.")
 
 
@@ -34,11 +32,7 @@ def main() -> None:
     out = make_folder(Path(_OUT.value))
     if any(batch % 2 for batch in _BATCH.value):
         raise ValueError(f"--batch must be even, got {_BATCH.value}")
-    os.sched_setaffinity(0, _DEVICE_CPUS.value)  # before JAX starts its threads
-    longest, largest = max(_CONTEXT.value) + 1, max(_BATCH.value)
-    wishes = engine_options() | {"executor": "overlap", "max_num_seqs": largest, "max_model_len": longest}
-    if wishes["expert_cpus"] == "auto":
-        wishes["expert_cpus"] = str(max(_DEVICE_CPUS.value) + 1)
+    wishes = pinned_options(max_num_seqs=max(_BATCH.value), max_model_len=max(_CONTEXT.value) + 1)
     executor, _ = open_executor(MODEL.value, EngineOptions(**wishes))
     with closing(executor):
         compared = [
@@ -46,15 +40,10 @@ def main() -> None:
             for batch in _BATCH.value
             for context in _CONTEXT.value
         ]
-    setting = {
-        "model": Path(MODEL.value).name,
-        "cpu": cpu_name(),
-        "device_cpus": _DEVICE_CPUS.value,
-        "expert_cpus": wishes["expert_cpus"],
-    }
-    text = titled_table(setting, [_cells(each) for each in compared])
+    where = setting(wishes)
+    text = titled_table(where, [_cells(each) for each in compared])
     print(f"\n{text}")
-    results = setting | {"overlap": [_record(each) for each in compared]}
+    results = where | {"overlap": [_record(each) for each in compared]}
     write_atomically(out / "table.md", text)
     write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
     print_json(results)

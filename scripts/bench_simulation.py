@@ -7,16 +7,16 @@ the code that serves and at DeepSeek-V3's widths; then whole steps, in one part 
 from __future__ import annotations
 
 import json
-import os
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import jax
 from absl import flags
-from flags import MODEL, engine_options
+from flags import MODEL
 from mains import make_folder, print_json, run_main, titled_table, write_atomically
 from measuring.timing import Effort
+from overlapping.sides import pinned_options, setting
 from overlapping.timing import compare
 from planning.measure import measure_decode_rates, open_bench
 
@@ -32,7 +32,6 @@ _BATCH = flags.DEFINE_multi_integer("batch", [2, 4, 8], "Sequences that decode t
 _CONTEXT = flags.DEFINE_multi_integer("context", [512, 4096], "Tokens that each looks back at.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Steps of each kind, in turn.", lower_bound=1)
 _SECONDS = flags.DEFINE_float("seconds", 3.0, "How long each rate is measured.", lower_bound=0.1)
-_DEVICE_CPUS = flags.DEFINE_multi_integer("device_cpu", [0], "Processors of XLA's side.", lower_bound=0)
 _OUT = flags.DEFINE_string("out", "out/simulation", "Folder for the results; made if it is missing.")
 
 NUM_EXPERTS = 32
@@ -58,11 +57,7 @@ def main() -> None:
     if any(batch % 2 for batch in _BATCH.value):
         raise ValueError(f"--batch must be even, got {_BATCH.value}")
     out = make_folder(Path(_OUT.value))
-    os.sched_setaffinity(0, _DEVICE_CPUS.value)  # before JAX starts its threads
-    longest, largest = max(_CONTEXT.value) + 1, max(_BATCH.value)
-    wishes = engine_options() | {"executor": "overlap", "max_num_seqs": largest, "max_model_len": longest}
-    if wishes["expert_cpus"] == "auto":
-        wishes["expert_cpus"] = str(max(_DEVICE_CPUS.value) + 1)
+    wishes = pinned_options(max_num_seqs=max(_BATCH.value), max_model_len=max(_CONTEXT.value) + 1)
     options = EngineOptions(**wishes)
     rates = _rates(options)
     executor, _ = open_executor(MODEL.value, options)
@@ -73,11 +68,10 @@ def main() -> None:
                 found = compare(executor, batch=batch, context=context, num_rounds=_ROUNDS.value)
                 measured = {1: found.one.seconds, 2: found.two.seconds}
                 cases += [_case(executor.config, rates, batch, context, parts, s) for parts, s in measured.items()]
-    setting = {"model": Path(MODEL.value).name, "cpu": cpu_name(), "device_cpus": _DEVICE_CPUS.value}
-    setting |= {"expert_cpus": wishes["expert_cpus"]}
-    text = titled_table(setting, [_cells(case) for case in cases])
+    where = setting(wishes)
+    text = titled_table(where, [_cells(case) for case in cases])
     print(f"\n{text}")
-    results = setting | {"rates": asdict(rates), "cases": [asdict(case) | {"ratio": case.ratio} for case in cases]}
+    results = where | {"rates": asdict(rates), "cases": [asdict(case) | {"ratio": case.ratio} for case in cases]}
     write_atomically(out / "table.md", text)
     write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
     print_json(results)
