@@ -21,23 +21,16 @@ def test_a_prompt_begins_at_once_and_goes_on_when_what_it_took_is_paid_off() -> 
 
 
 def test_a_prompt_that_stops_decoding_owes_by_a_rate_of_its_own() -> None:
-    """At 100 permille beside, 1000 in turn: 500 ns are paid by 500 ns of decoding, not by 5000."""
+    """At 100 permille beside, 1000 in turn: 500 ns are paid by 500 ns of decoding, or by 5000."""
     turns = Turns(100, in_turn_permille=1000)
-    turns.prefilled(500, in_turn=True)
-    turns.begin_step(1, offers_gaps=False)
-    turns.decoded(400)
-    assert not turns.is_prompts
-    turns.begin_step(1, offers_gaps=False)
-    turns.decoded(400)
-    assert turns.is_prompts
-    turns.prefilled(500)
-    for _ in range(12):
-        turns.begin_step(1, offers_gaps=False)
-        turns.decoded(400)
-        assert not turns.is_prompts
-    turns.begin_step(1, offers_gaps=False)
-    turns.decoded(400)
-    assert turns.is_prompts
+    for in_turn, steps_to_pay in ((True, 2), (False, 13)):
+        turns.prefilled(500, in_turn=in_turn)
+        steps = 0
+        while not turns.is_prompts:
+            turns.begin_step(1, offers_gaps=False)
+            turns.decoded(400)
+            steps += 1
+        assert steps == steps_to_pay
 
 
 def test_nothing_is_saved_up_for_a_later_prompt() -> None:
