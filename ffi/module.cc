@@ -171,6 +171,7 @@ NB_MODULE(_native, m) {
   m.def("experts_wait_gpu", [] { return Capsule(kExpertsWaitGpuHandler); });
   m.def("in_order", [] { return Capsule(kInOrderHandler); });
   m.def("linear", [] { return Capsule(kLinearHandler); });
+  m.def("rms_norm", [] { return Capsule(kRmsNormHandler); });
   m.def("mla_prefill", [] { return Capsule(kMlaPrefillHandler); });
   m.def("mla_attention", [] { return Capsule(kMlaAttentionHandler); });
   m.def("isa_names", &OfferedIsaNames);

@@ -26,7 +26,6 @@ from hmoe_jax.perf.cost import expert_bytes
 _BATCH = flags.DEFINE_multi_integer("batch", [4, 8], "Sequences that decode together.", lower_bound=1)
 _CONTEXT = flags.DEFINE_integer("context", 257, "Tokens that each looks back at, at least.", lower_bound=1)
 _PROMPT_LEN = flags.DEFINE_integer("prompt_len", 1024, "Tokens of the prompt beside them.", lower_bound=1)
-_SLOWDOWN = flags.DEFINE_float("max_decode_slowdown", 0.15, "How much longer tokens may take.", lower_bound=0.001)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Decoding alone, both, the prompt alone: so often.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 24, "Decode steps alone, before the prompt and after it.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", "out/beside", "Folder for the results; made if it is missing.")
@@ -34,7 +33,7 @@ _OUT = flags.DEFINE_string("out", "out/beside", "Folder for the results; made if
 
 def main() -> None:
     out = make_folder(Path(_OUT.value))
-    wishes = pinned_options(prefill="stream", microbatches=1, max_decode_slowdown=_SLOWDOWN.value)
+    wishes = pinned_options(prefill="stream", microbatches=1)
     asked_len = wishes.pop("max_model_len")
     rounds = {"num_rounds": _ROUNDS.value, "num_steps": _STEPS.value}
     measured = []
@@ -43,9 +42,9 @@ def main() -> None:
         lengths = {"max_num_seqs": batch + 1, "max_model_len": asked_len or load.max_len(**rounds)}
         with Engine(MODEL.value, **lengths, skip_tokenizer_init=True, **wishes) as engine:
             measured.append(measure(engine, load, **rounds))
-            activity, config = engine.activity(), engine.config
+            activity, plan, config = engine.activity(), engine.plan, engine.config
     where = setting(wishes) | {
-        "max_decode_slowdown": _SLOWDOWN.value,
+        "max_decode_slowdown": plan.max_decode_slowdown,
         "experts_gb": round(config.num_moe_layers * config.num_experts * expert_bytes(config) / 1e9, 2),
         "peak_resident_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
     }

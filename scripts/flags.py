@@ -30,6 +30,9 @@ _PREFILL = flags.DEFINE_enum(
 )
 _PREFILL_DEVICES = flags.DEFINE_integer("prefill_devices", 1, "Devices that prompts are streamed to.", lower_bound=1)
 _PREFILL_APART = flags.DEFINE_bool("prefill_apart", False, "Other devices for prompts than the one that decodes.")
+_SLOWDOWN = flags.DEFINE_float(
+    "max_decode_slowdown", None, "How much longer tokens may take while a prompt is computed; default: the plan's."
+)
 _NUM_THREADS = flags.DEFINE_string("num_threads", "auto", "Threads of the native kernels: a number, or auto.")
 _ISA = flags.DEFINE_string(
     "isa", "auto", "Instruction set of the native kernels: amx, avx512_bf16, avx512, avx2, scalar."
@@ -52,6 +55,7 @@ def engine_options() -> dict[str, Any]:
         "prefill": _PREFILL.value,
         "prefill_devices": _PREFILL_DEVICES.value,
         "prefill_apart": _PREFILL_APART.value,
+        "max_decode_slowdown": "auto" if _SLOWDOWN.value is None else _SLOWDOWN.value,
         "num_threads": threads if threads == "auto" else int(threads),
         "isa": _ISA.value,
         "max_model_len": _MAX_MODEL_LEN.value,

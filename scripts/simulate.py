@@ -84,7 +84,8 @@ def _row(config: ModelConfig, gpu: str, batch: int, num_parts: int, num_gpus: in
     sizes = stream_sizes(config, 1, memory_bytes=memory, max_len=length)
     alone = prefill_cost(config, rates, length, **sizes.costs(1))
     if _QUANTUM.value is not None or num_gpus == 2:  # on a GPU of its own nobody waits for it
-        known = [Cut(sizes.block_len, sizes.tile_rows[-1], (_QUANTUM.value or math.inf) / 1e3, alone)]
+        rows = max(tile.rows for tile in sizes.tiles)
+        known = [Cut(sizes.block_len, rows, (_QUANTUM.value or math.inf) / 1e3, alone)]
     else:
         known = cuts(config, rates, sizes, length)
     where = {"dram_gbps": _DRAM.value, "has_device": num_gpus == 2}

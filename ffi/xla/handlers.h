@@ -30,6 +30,9 @@ extern XLA_FFI_Handler* const kInOrderHandler;
 // no scales); attributes pool s64, codec string; result [t, out] f32.
 extern XLA_FFI_Handler* const kLinearHandler;
 
+// x [t, d] bf16, weight [d] bf16; attribute eps f32; result [t, d] bf16.
+extern XLA_FFI_Handler* const kRmsNormHandler;
+
 // nope [t, h, n], rope [t, h, p], key [h, n, r], value [h, v, r] bf16, cache [pages, slots, r + p] u16,
 // tables [t, pages each] s32, positions [t] s32; attributes pool s64, scale f32; result [t, h, v] bf16.
 extern XLA_FFI_Handler* const kMlaAttentionHandler;

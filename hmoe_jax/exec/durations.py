@@ -42,8 +42,8 @@ class Durations:
         return attention + (mlp_s(config, self.rates, own, config.dense_ffn) if name == "dense" else 0.0)
 
     def tile(self, rows: int, experts: int) -> float:
-        """`rows` tokens of each of so many experts of one device."""
-        return tile_s(self.config, self.rates, rows, experts)
+        """`rows` tokens of each of so many experts of one device, and to start it."""
+        return tile_s(self.config, self.rates, rows, experts) + self.rates.dispatch_s
 
     def group_copy(self, group_size: int) -> float:
         """So many experts to one device."""
@@ -56,7 +56,7 @@ class Durations:
     def cancelling(self, sizes: StreamSizes, max_len: int) -> float:
         """The longest from when a prompt is cancelled until nothing of it runs: what has been started is finished."""
         block = self.block("front", sizes.block_len, max(max_len - sizes.block_len, 0))
-        computing = (MAX_RUNNING + 1) * max(block, self.tile(sizes.tile_rows[-1], sizes.group_size))
+        computing = (MAX_RUNNING + 1) * max(block, *(self.tile(*shape) for shape in sizes.tiles))
         return WAIT_S + max(computing, MAX_COPYING * self.group_copy(sizes.group_size))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 
@@ -23,8 +24,11 @@ CHUNK_LEN = 256
 BLOCK_LEN = 1024
 """Tokens that go through attention together."""
 
-TILE_ROWS = (16, 8192)
-"""The least tokens of an expert, and the most tokens of all experts of a group, that are multiplied together."""
+TILE_ROWS = (16, 2048)
+"""The least and the most tokens of an expert that are multiplied together."""
+
+TILE_TOKENS = 8192
+"""Of all experts that are multiplied together, at most."""
 
 MAX_GROUP = 16
 """Experts that are copied together: of DeepSeek-V3 0.7 GB, 13 ms of a fast link."""
@@ -35,19 +39,26 @@ GROUPS_PER_LAYER = 8
 MIN_PASS = 512
 
 
+class TileShape(NamedTuple):
+    """A product of several experts of a device: in each of so many `places` as many `rows` of one of them."""
+
+    rows: int
+    places: int
+
+
 @dataclass(frozen=True)
 class StreamSizes:
     """The sizes of a streaming prefill over devices that divide the experts.
 
     `group_size` experts of each device are copied together, `depth` such groups lie on it at most. A pass has at most
     `pass_len` tokens, of which `block_len` go through attention together; fewer, where a prompt `fills_gaps` of decode
-    steps. `tile_rows` are the numbers of tokens per expert that programs are compiled for.
+    steps. Programs are compiled for the `tiles`.
     """
 
     group_size: int
     pass_len: int
     depth: int
-    tile_rows: tuple[int, ...]
+    tiles: tuple[TileShape, ...]
     block_len: int = BLOCK_LEN
     variant: str = "batched"
     fills_gaps: bool = False
@@ -70,12 +81,6 @@ class StreamSizes:
         ahead = (self.depth - 1) * self.group_size * num_devices
         return {"pass_len": self.pass_len, "block_len": self.block_len, "ahead_experts": ahead}
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Numbers of experts of a group that programs are compiled for."""
-        narrower = itertools.takewhile(lambda width: width < self.group_size, (1, 4))
-        return (*narrower, self.group_size)
-
 
 @dataclass(frozen=True)
 class StreamPlan(StreamSizes):
@@ -88,26 +93,35 @@ class StreamPlan(StreamSizes):
     link_gbps: float | None = None
 
 
-def tile_rows(group_size: int) -> tuple[int, ...]:
+def tile_shapes(group_size: int) -> tuple[TileShape, ...]:
+    """Of a whole group, and of few of its experts."""
+    few = itertools.takewhile(lambda places: places < group_size, (1, 4))
+    return tuple(TileShape(rows, places) for places in (*few, group_size) for rows in _tile_rows(places))
+
+
+def _tile_rows(places: int) -> list[int]:
     """Powers of two, and the middle between those that are not small."""
     least, most = TILE_ROWS
-    powers = [least << i for i in range((most // group_size // least).bit_length())]
+    powers = [least << i for i in range((min(TILE_TOKENS // places, most) // least).bit_length())]
     middles = [power * 3 // 2 for power in powers[:-1] if power >= 4 * least]
-    return tuple(sorted([*powers, *middles]))
+    return sorted([*powers, *middles])
 
 
-def group_bytes(config: ModelConfig, group_size: int, *, rows: int | None = None) -> int:
-    """Of a device's memory that the product of a group takes, beside the records themselves.
+def tile_bytes(config: ModelConfig, tile: TileShape) -> int:
+    """Of a device's memory that a product takes, beside the records themselves.
 
     The records side by side, if they came one by one; the largest matrix of each expert in FP32 and as two BF16
-    numbers; and for `rows` tokens of each (default: of the largest tile) their inputs, the inner activations (gate, up,
-    their product) and the outputs.
+    numbers; and for each row its inputs, the inner activations (gate, up, their product) and the outputs.
     """
-    rows = rows or tile_rows(group_size)[-1]
     d, f = config.hidden_size, config.expert_ffn
     dequantised = f * d * (4 + 2 + 2)
-    activations = rows * (d * (4 + 4) + f * 4 * 3)
-    return group_size * (expert_bytes(config) + dequantised + activations)
+    activations = tile.rows * (d * (4 + 4) + f * 4 * 3)
+    return tile.places * (expert_bytes(config) + dequantised + activations)
+
+
+def group_bytes(config: ModelConfig, group_size: int) -> int:
+    """Of a device's memory that products of a group's experts take at most, beside the records themselves."""
+    return max(tile_bytes(config, tile) for tile in tile_shapes(group_size))
 
 
 def block_bytes(config: ModelConfig, block_len: int = BLOCK_LEN) -> int:
@@ -160,5 +174,5 @@ def stream_sizes(config: ModelConfig, num_devices: int, *, memory_bytes: int, ma
         pass_len=pass_len,
         depth=depth,
         block_len=block_len,
-        tile_rows=tile_rows(group_size),
+        tiles=tile_shapes(group_size),
     )

@@ -116,11 +116,13 @@ class QuantumPrograms:
 
         For each device: the experts (-1 for none) and their places among its records; all of them must be in order.
         """
-        if len(records) > 1 and len(places) == 1:  # they came one by one, to one device: no program need pick them
-            records, places = tuple(records[place] for place in places[0]), np.arange(places.size, dtype=np.int32)[None]
+        are_picked = len(records) > 1 and len(places) == 1  # they came one by one, to one device
+        if are_picked:
+            records = tuple(records[place] for place in places[0])
         # In one array: every operand that comes from the host costs as much as the program's dispatch.
         choice = np.stack([experts, places, first], axis=1)
-        key, program = ("group", len(state.x), rows, experts.shape[1]), partial(self._group, rows=rows)
+        program = partial(self._group, rows=rows, are_picked=are_picked)
+        key = ("group", len(state.x), rows, experts.shape[1])
         routed = self._run(_GROUP, key, program, state.routed, state.hidden, routes, choice, records)
         return replace(state, routed=routed)
 
@@ -191,12 +193,14 @@ class QuantumPrograms:
         records: Records,
         *,
         rows: int,
+        are_picked: bool,
     ) -> Float32[Array, "t d"]:
-        """`choice` is, for each device, experts, their places among the records, and their first rows."""
-        experts, slots, first = choice[lax.axis_index(AXIS)]
+        """`choice` is, for each device, experts, their places among the records unless they `are_picked` already, and
+        their first rows."""
+        experts, places, first = choice[lax.axis_index(AXIS)]
         stack = jnp.concatenate(records)
-        if len(slots) < len(stack):
-            stack = stack[slots]
+        if not are_picked:
+            stack = stack[places]
         chosen = group_rows(routes, experts, first, capacity=rows, num_tokens=hidden.shape[0])
         return VARIANTS[self._variant](routed, hidden, chosen, self._records.unpack(stack))
 

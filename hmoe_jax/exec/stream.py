@@ -42,7 +42,7 @@ from hmoe_jax.exec.prefill_thread import PrefillThread
 from hmoe_jax.exec.programs import Executor, StepFunction
 from hmoe_jax.exec.progress import prefill_progress
 from hmoe_jax.exec.quanta import DIVIDED, EVERYWHERE, Pass, QuantumPrograms
-from hmoe_jax.exec.quantum import NOWHERE, Choice, Quanta, Quantum, Room, run_out
+from hmoe_jax.exec.quantum import NOWHERE, Quanta, Quantum, Room, run_out
 from hmoe_jax.exec.step import (
     StepOutput,
     layer_kinds,
@@ -55,11 +55,12 @@ from hmoe_jax.exec.step import (
 from hmoe_jax.kernels.grouped.routes import SortedRoutes
 from hmoe_jax.kv.pages import copy_pages
 from hmoe_jax.nn.norm import rms_norm
-from hmoe_jax.perf.cost import prefill_cost, unpack_rows, used_share
+from hmoe_jax.perf.cost import prefill_cost, used_share
 from hmoe_jax.perf.lanes import Recorder, Span
 from hmoe_jax.sampling import SamplerState
 
 Value = TypeVar("Value")
+Size = TypeVar("Size", bound=Hashable)
 Part = Generator[Quantum, Room | None, Value]
 """A part of `Quanta`."""
 
@@ -110,11 +111,6 @@ class StreamExecutor(Executor):
         """Of the last one that was computed while others waited."""
         self.watches_computing = False
         """Whether recorders time computations too, which costs a thread that waits for each."""
-        self._tile_sizes: dict[str, Any] = {
-            "rows": stream.tile_rows,
-            "widths": stream.widths,
-            "unpack_rows": unpack_rows(config, stream.rates),
-        }
         self._mesh = Mesh(np.array(stream.devices), (AXIS,))
         self._records = store.record_layout
         self._num_devices = len(stream.devices)
@@ -201,7 +197,7 @@ class StreamExecutor(Executor):
         """Sends pages, layer by layer. Where others wait, they come in parts of `PAGES_S`."""
         index = 0
         while index < self.config.num_layers:
-            yield from self._chosen("pages", index, prompt, [(0.0, None)], lambda _: None)
+            yield from self._chosen("pages", index, prompt, [(0.0, None)])
             until = time.perf_counter() + PAGES_S
             while index < self.config.num_layers and time.perf_counter() < until:
                 copied = copy(index)
@@ -277,7 +273,7 @@ class StreamExecutor(Executor):
                 for size in prompt.block_lens
                 if first + size <= len(prompt.everywhere.tokens)
             ]
-            predicted_s, size = yield from self._chosen(name, index, prompt, blocks, lambda size: size)
+            predicted_s, size = yield from self._chosen(name, index, prompt, blocks)
             operands = (layer, state, self._cache(index), prompt.everywhere)
             with self._watch(name, size, predicted_s, prompt):
                 state, cache = self.quantum_programs.block(name, *operands, first=first, block_len=size, kind=kind)
@@ -294,6 +290,7 @@ class StreamExecutor(Executor):
         owners = owned(self.config.num_experts, self._num_devices)
         rest = choose(layer, counts, owners, size=self.stream.group_size, ahead=ahead)
         waiting = deque([*rest, *self._guess(layer + 1, prompt)])
+        tile_s = {shape: self._durations.tile(*shape) for shape in self.stream.tiles}
         for _ in range(len(ahead) + len(rest)):
             # The next copy is asked for before this group computes: on a GPU it would wait for what began before it.
             self._ask(experts, waiting)
@@ -302,15 +299,12 @@ class StreamExecutor(Executor):
             group, records = experts.take()
             done: Any = records
             try:
-                rows = GroupCover(counts, group, **self._tile_sizes)
-                while choices := rows.choices(is_hurried=prompt.room is not None):
-                    timed = [(self._durations.tile(*tile.shape), tile) for tile in choices]
-                    predicted_s, tile = yield from self._chosen(
-                        "experts", index, prompt, timed, lambda tile: tile.shape
-                    )
-                    rows.cover(tile)
-                    with self._watch("experts", tile.shape, predicted_s, prompt):
-                        state = self._add_tile(tile, group, state, routes, records)
+                cover = GroupCover(counts, group, tile_s)
+                while shapes := cover.choices():
+                    timed = [(tile_s[shape], shape) for shape in shapes]
+                    predicted_s, shape = yield from self._chosen("experts", index, prompt, timed)
+                    with self._watch("experts", shape, predicted_s, prompt):
+                        state = self._add_tile(cover.take(shape), group, state, routes, records)
                     done = self.quantum_programs.done
                     prompt.room = yield Quantum("experts", index, self.config.num_layers, predicted_s)
             finally:
@@ -328,18 +322,17 @@ class StreamExecutor(Executor):
         name: str,
         index: int,
         prompt: _Prompt,
-        choices: list[tuple[float, Choice]],
-        size: Callable[[Choice], Hashable],
-    ) -> Part[tuple[float, Choice]]:
-        """The first choice where nobody waits; else, once there is one, what fits the room by what is known by now of
-        the device's speed with quanta of its `size`."""
+        sizes: list[tuple[float, Size]],
+    ) -> Part[tuple[float, Size]]:
+        """The first size where nobody waits; else, once there is one, what fits the room by what is known by now of
+        the device's speed with such quanta."""
         while prompt.room is not None:
-            expected = [(self._pace.expected(name, size(each), seconds), (seconds, each)) for seconds, each in choices]
+            expected = [(self._pace.expected(name, size, seconds), (seconds, size)) for seconds, size in sizes]
             fitting = prompt.room.choose(expected)
             if fitting is not None:
                 return fitting[1]
             prompt.room = yield Quantum("room", index, self.config.num_layers, 0.0, has_begun=False)
-        return choices[0]
+        return sizes[0]
 
     @contextmanager
     def _watch(self, name: str, size: Hashable, predicted_s: float, prompt: _Prompt) -> Iterator[None]:
@@ -399,9 +392,10 @@ class StreamExecutor(Executor):
         part_rows = next(iter(self.lanes.values())).source.part_rows
         part = np.zeros((self._num_devices * part_rows, self._records.num_bytes), np.uint8)
         records = (jax.device_put(part, NamedSharding(self._mesh, DIVIDED)),) * (self.stream.group_size // part_rows)
-        for rows, width in itertools.product(self.stream.tile_rows, self.stream.widths):
-            if rows < 2 * len(state.x) or rows == self.stream.tile_rows[0]:  # an expert has no more rows
-                slots = nobody[:, :width]
+        least = min(shape.rows for shape in self.stream.tiles)
+        for rows, places in self.stream.tiles:
+            if rows < 2 * len(state.x) or rows == least:  # an expert has no more rows
+                slots = nobody[:, :places]
                 tile = Tile(np.zeros_like(slots), rows, slots)
                 state = self._add_tile(tile, Group(0, nobody), state, routes, records)
 

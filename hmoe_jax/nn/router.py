@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+import operator
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,9 @@ def route(
     _, ids = lax.top_k(_eligible(config, scores + bias), config.top_k)
     weights = jnp.take_along_axis(scores, ids, axis=1)
     if config.norm_top_k:
-        weights = weights / (weights.sum(axis=1, keepdims=True) + 1e-20)
+        # One after the other: the order in which XLA adds up a row depends on how many rows there are.
+        total = reduce(operator.add, [weights[:, slot] for slot in range(config.top_k)])
+        weights = weights / (total[:, None] + 1e-20)
     return ids, weights * config.routed_scale
 
 

@@ -180,12 +180,6 @@ def tile_s(config: ModelConfig, rates: Rates, rows: float | int, experts: float 
     return flops / rates.grouped_tflops / 1e12 + experts * expert_bytes(config) / rates.unpack_gbps / 1e9
 
 
-def unpack_rows(config: ModelConfig, rates: Rates) -> float:
-    """Unpacking an expert takes as long as multiplying so many of its rows."""
-    row_s = 2 * 3 * config.hidden_size * config.expert_ffn / rates.grouped_tflops / 1e12
-    return expert_bytes(config) / rates.unpack_gbps / 1e9 / row_s
-
-
 def attention_s(config: ModelConfig, rates: Rates, tokens: float | int, context: float | int) -> float:
     """Seconds of one device for a layer's attention of a block of `tokens` after `context` others.
 

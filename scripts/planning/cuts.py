@@ -33,7 +33,8 @@ def cuts(config: ModelConfig, rates: Rates, sizes: StreamSizes, length: int) -> 
 
 def _cut(config: ModelConfig, rates: Rates, sizes: StreamSizes, length: int, block_len: int) -> Cut:
     block_s = Durations(config, rates).block("front", block_len, length - block_len)
-    rows = max([rows for rows in sizes.tile_rows if tile_s(config, rates, rows, 1) <= block_s] or sizes.tile_rows[:1])
+    known = sorted({tile.rows for tile in sizes.tiles})
+    rows = max([rows for rows in known if tile_s(config, rates, rows, 1) <= block_s] or known[:1])
     whole = prefill_cost(config, rates, length, **sizes.costs(1) | {"block_len": block_len})
     tokens = length / whole.num_passes
     used = config.num_experts * used_share(config, tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,18 @@ from hmoe_jax.exec.open import open_executor
 from hmoe_jax.exec.plan import EngineOptions
 from hmoe_jax.exec.programs import Executor
 from hmoe_jax.exec.step import decode_logits
+from tests.oracle.models import EMBEDDED
 from tests.tiny import write_tiny
 
-NUM_SEQUENCES = 6
-CONTEXT = 5
+NUM_SEQUENCES = 16
+NUM_STEPS = 16
 PAGES_EACH = 2
 
 
-@pytest.fixture(scope="module", params=["deepseek", "kimi"])
+@pytest.fixture(scope="module", params=["deepseek", "kimi", "embedded"])
 def executor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
-    folder: Path = write_tiny(tmp_path_factory.mktemp("bits"), request.param)
+    name = request.param
+    folder: Path = EMBEDDED if name == "embedded" else write_tiny(tmp_path_factory.mktemp("bits"), name)
     options = EngineOptions(max_num_seqs=NUM_SEQUENCES, max_model_len=128, executor="fused", device="cpu")
     executor, _ = open_executor(folder, options)
     yield executor
@@ -40,12 +43,14 @@ def logits(executor: Executor, tokens: np.ndarray, *, position: int, sequences: 
 
 
 def test_logits_do_not_depend_on_the_other_sequences_of_the_step(executor: Executor) -> None:
-    tokens = np.random.default_rng(0).integers(2, executor.config.vocab_size, (CONTEXT + 1, NUM_SEQUENCES))
-    everyone = list(range(NUM_SEQUENCES))
-    for position in range(CONTEXT):
-        logits(executor, tokens[position], position=position, sequences=everyone, size=NUM_SEQUENCES)
-    last = {"tokens": tokens[CONTEXT], "position": CONTEXT}
-    together = logits(executor, **last, sequences=everyone, size=NUM_SEQUENCES)
-    for sequences, size in [([0], 1), ([3], 1), ([2, 4], 2), ([5, 1, 0], 3), ([1], 4)]:
-        alone = logits(executor, **last, sequences=sequences, size=size)
-        np.testing.assert_array_equal(alone, together[sequences])
+    """Of any number and in any places. Roundings that XLA makes otherwise for few rows show once in some hundred."""
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(2, executor.config.vocab_size, (NUM_STEPS, NUM_SEQUENCES))
+    for position in range(NUM_STEPS):
+        step = partial(logits, executor, tokens[position], position=position)
+        together = step(sequences=list(range(NUM_SEQUENCES)), size=NUM_SEQUENCES)
+        for size in (1, 2, 3, 8):
+            shuffled = draw.permutation(NUM_SEQUENCES).tolist()
+            for begin in range(0, NUM_SEQUENCES, size):
+                some = shuffled[begin : begin + size]
+                np.testing.assert_array_equal(step(sequences=some, size=size), together[some])

@@ -13,10 +13,11 @@ from hmoe_jax.exec.open import open_executor
 from hmoe_jax.exec.passes import (
     MIN_DEPTH,
     StreamSizes,
+    TileShape,
     block_bytes,
-    group_bytes,
     stream_sizes,
-    tile_rows,
+    tile_bytes,
+    tile_shapes,
     token_bytes,
 )
 from hmoe_jax.exec.plan import EngineOptions
@@ -32,7 +33,7 @@ def test_deepseek_v3_on_a_large_device_keeps_most_of_a_layer_ahead() -> None:
     plan = stream_sizes(DEEPSEEK_V3, 1, memory_bytes=40 * GIB, max_len=32768)
     assert (plan.group_size, plan.pass_len) == (16, 32768)
     assert plan.depth >= 16
-    assert plan.widths == (1, 4, 16)
+    assert {tile.places for tile in plan.tiles} == {1, 4, 16}
 
 
 def test_smaller_devices_get_smaller_groups_then_shorter_passes() -> None:
@@ -62,11 +63,14 @@ def test_a_layer_has_several_groups(num_devices: int) -> None:
 
 
 @pytest.mark.parametrize("group_size", [1, 4, 16])
-def test_tiles_of_smaller_groups_are_longer(group_size: int) -> None:
-    rows = tile_rows(group_size)
-    assert rows[0] == 16
-    assert rows[-1] * group_size == 8192
-    assert all(1 < b / a <= 2 for a, b in itertools.pairwise(rows))
+def test_tiles_of_fewer_experts_are_longer(group_size: int) -> None:
+    tiles = tile_shapes(group_size)
+    assert max(tile.places for tile in tiles) == group_size
+    for places in {tile.places for tile in tiles}:
+        rows = [tile.rows for tile in tiles if tile.places == places]
+        assert rows[0] == 16
+        assert rows[-1] == min(8192 // places, 2048)
+        assert all(1 < b / a <= 2 for a, b in itertools.pairwise(rows))
 
 
 @pytest.mark.parametrize("fills_gaps", [False, True])
@@ -75,9 +79,7 @@ def test_tiles_of_smaller_groups_are_longer(group_size: int) -> None:
 def test_blocks_of_any_lengths_cover_a_prompt(
     block_len: int, num_tokens: int, num_devices: int, fills_gaps: bool
 ) -> None:
-    sizes = StreamSizes(
-        group_size=1, pass_len=1024, depth=3, tile_rows=(16,), block_len=block_len, fills_gaps=fills_gaps
-    )
+    sizes = StreamSizes(group_size=1, pass_len=1024, depth=3, tiles=(), block_len=block_len, fills_gaps=fills_gaps)
     lens = sizes.block_lens(num_tokens, num_devices)
     assert all(longer % shorter == 0 for longer, shorter in itertools.pairwise(lens))
     assert all(each % num_devices == 0 for each in lens)
@@ -92,7 +94,8 @@ def test_programs_keep_to_the_bytes_that_the_plan_counts(tmp_path: Path) -> None
     executor, plan = open_executor(folder, wishes)
     try:
         assert isinstance(executor, StreamExecutor)
-        executor.stream = replace(executor.stream, tile_rows=(1024, 2048))
+        tiles = tuple(TileShape(rows, executor.stream.group_size) for rows in (1024, 2048))
+        executor.stream = replace(executor.stream, tiles=tiles)
         size = plan.buckets.prefill[-1]
         executor._warm_up_prefill(size)
         config, programs = executor.config, executor.quantum_programs.compiled
@@ -101,9 +104,9 @@ def test_programs_keep_to_the_bytes_that_the_plan_counts(tmp_path: Path) -> None
             if key[0] in ("front", "dense", "back"):
                 assert num_bytes <= block_bytes(config, executor.stream.block_len), key
             if key[0] == "group":
-                assert num_bytes <= group_bytes(config, executor.stream.group_size, rows=key[2]), key
+                assert num_bytes <= tile_bytes(config, TileShape(key[2], key[3])), key
         largest = max(num_bytes for key, num_bytes in temporary.items() if key[0] == "group")
-        assert largest > group_bytes(config, executor.stream.group_size, rows=2048) / 4
+        assert largest > tile_bytes(config, tiles[-1]) / 4
         begin = programs["begin", size].memory_analysis()
         sort = programs["sort", size].memory_analysis()
         ids = size * config.top_k * 4

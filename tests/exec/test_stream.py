@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import random
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,16 @@ import numpy as np
 import pytest
 
 from hmoe_jax.exec import copies
-from hmoe_jax.exec.batch import prefill_batch
+from hmoe_jax.exec.batch import PrefillBatch, prefill_batch
 from hmoe_jax.exec.open import open_executor
+from hmoe_jax.exec.passes import TileShape
 from hmoe_jax.exec.plan import EngineOptions
+from hmoe_jax.exec.programs import Executor
 from hmoe_jax.exec.quanta import QuantumPrograms
-from hmoe_jax.exec.quantum import NOWHERE, Room
+from hmoe_jax.exec.quantum import NOWHERE, Quantum, Room
 from hmoe_jax.exec.score import Scorer, load_for_scoring
 from hmoe_jax.exec.step import prefill, prefill_logits, prefill_scored
+from hmoe_jax.exec.stream import StreamExecutor
 from hmoe_jax.experts.store import ExpertStore
 from tests.exec.streaming import streaming
 from tests.experts.gpu import StandInDriver
@@ -80,23 +85,57 @@ def test_parts_of_any_size_give_the_same_prompt(
 ) -> None:
     folder, expected = reference("deepseek")
     ids, give = random_ids("deepseek", LONG).tolist(), itertools.cycle(ROOMS[rooms])
-    with streaming(folder, num_devices=num_devices, block_len=block_len, fills_gaps=True, group_size=3) as executor:
-        batch, names = prefill_batch(ids, executor.layout, size=LONG, pages=range(1, 9)), []
-        quanta = executor.quanta(prefill_logits, batch)
-        next(quanta)
-        while True:
-            try:
-                quantum = quanta.send(next(give))
-            except StopIteration as end:
-                logits = np.asarray(end.value)
-                break
-            names.append(quantum.name)
-            assert quantum.has_begun == (quantum.name not in ("room", "copies"))
+    tiles = tuple(TileShape(rows, places) for rows in (16, 128) for places in (1, 3))
+    sizes: dict[str, Any] = {"block_len": block_len, "group_size": 3, "tiles": tiles}
+    with streaming(folder, num_devices=num_devices, fills_gaps=True, **sizes) as executor:
+        batch = prefill_batch(ids, executor.layout, size=LONG, pages=range(1, 9))
+        logits, quanta = in_rooms(executor, batch, give)
         bound = relative_error(executor.config, "float32", num_tokens=LONG)
+    names = [quantum.name for quantum in quanta]
+    assert all(quantum.has_begun == (quantum.name not in ("room", "copies")) for quantum in quanta)
     assert_close(logits, expected, bound)
     assert ("room" in names) == (rooms == "any")
     if rooms == "short":
         assert names.count("front") == -(-LONG // 16) * executor.config.num_moe_layers
+
+
+def in_rooms(executor: Executor, batch: PrefillBatch, rooms: Iterator[Room | None]) -> tuple[np.ndarray, list[Quantum]]:
+    """Logits, and the quanta that gave them."""
+    quanta, seen = executor.quanta(prefill_logits, batch), []
+    next(quanta)
+    while True:
+        try:
+            seen.append(quanta.send(next(rooms)))
+        except StopIteration as end:
+            return np.asarray(end.value), seen
+
+
+@pytest.mark.parametrize("name", ["deepseek", "kimi"])
+def test_no_bit_depends_on_the_parts_of_a_prompt(tmp_path: Path, name: str) -> None:
+    """As served. `late_s` says how much of the room a part may miss: another one fits each time."""
+    ids = random_ids(name, LONG).tolist()
+    rng = random.Random(0)
+    how: dict[str, Any] = {"executor": "overlap", "expert_cpus": "1", "prefill": "stream"}
+    wishes = EngineOptions(max_num_seqs=1, max_model_len=512, **how)
+    executor, plan = open_executor(write_tiny(tmp_path / name, name), wishes)
+    with closing(executor):
+        assert plan.stream is not None
+        assert plan.stream.fills_gaps
+        assert isinstance(executor, StreamExecutor)
+        tiles = tuple(tile for tile in plan.stream.tiles if tile.rows in (16, 64, 256))  # each is a program to compile
+        executor.stream = replace(plan.stream, tiles=tiles)
+        page_size = executor.layout.page_size
+
+        def logits(start: int, rooms: Iterator[Room | None]) -> np.ndarray:
+            batch = prefill_batch(ids[start:], executor.layout, size=512 - start, start=start, pages=range(1, 9))
+            return in_rooms(executor, batch, rooms)[0][: LONG - start].view(np.uint32)
+
+        expected = logits(0, itertools.repeat(None))
+        for _ in range(5):
+            rooms = (Room(rng.expovariate(1000), late_s=rng.choice([0.0, math.inf])) for _ in itertools.count())
+            np.testing.assert_array_equal(logits(0, rooms), expected)
+        for start in (page_size, LONG // page_size * page_size):  # what is before is in the cache
+            np.testing.assert_array_equal(logits(start, itertools.repeat(None)), expected[start:])
 
 
 @pytest.mark.parametrize("length", [1, 7])

@@ -16,7 +16,7 @@ def formula(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + eps) * weight.astype(np.float64)
 
 
-@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 72)])
+@pytest.mark.parametrize("shape", [(1, 7), (3, 7), (6, 72)])
 def test_float32_is_the_formula_up_to_rounding(shape: tuple[int, ...]) -> None:
     x = RNG.standard_normal(shape).astype(np.float32) * 30
     weight = RNG.standard_normal(shape[-1]).astype(np.float32)

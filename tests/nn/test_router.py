@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,9 +29,11 @@ def router_config(num_groups: int, top_groups: int, **changes: object) -> ModelC
     )
 
 
-def random_inputs(config: ModelConfig, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def random_inputs(
+    config: ModelConfig, *, seed: int = 0, num_tokens: int = 40
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    hidden = rng.standard_normal((40, config.hidden_size)).astype(np.float32)
+    hidden = rng.standard_normal((num_tokens, config.hidden_size)).astype(np.float32)
     weight = rng.standard_normal((config.num_experts, config.hidden_size)).astype(np.float32) / 4
     return hidden, weight, rng.standard_normal(config.num_experts).astype(np.float32) / 4
 
@@ -53,6 +57,16 @@ def brute_force(
     ids = max(itertools.combinations(eligible, config.top_k), key=lambda ids: choice[list(ids)].sum())
     gates = scores[list(ids)]
     return ids, config.routed_scale * (gates / gates.sum() if config.norm_top_k else gates)
+
+
+def test_no_bit_depends_on_the_number_of_tokens() -> None:
+    config = tiny("plain", num_experts=64, top_k=8, num_groups=1, top_groups=1, hidden_size=64)
+    hidden, weight, bias = random_inputs(config, num_tokens=1024)
+    jitted = jax.jit(partial(route, config))
+    ids, gates = jitted(hidden, weight, bias)
+    for count in (2, 7, 16, 100, 512):
+        for few, all_of_them in zip(jitted(hidden[:count], weight, bias), (ids, gates), strict=True):
+            np.testing.assert_array_equal(few, all_of_them[:count])
 
 
 @pytest.mark.parametrize(("num_groups", "top_groups"), GROUPINGS)
