@@ -29,7 +29,8 @@ float SumOfSquares(const uint16_t* x, int64_t count) {
 
 }  // namespace
 
-void RmsNorm(const uint16_t* x, const uint16_t* weight, int64_t rows, int64_t cols, float eps, uint16_t* out) {
+void RmsNorm(const uint16_t* x, const uint16_t* weight, int64_t rows, int64_t cols, float eps,
+             uint16_t* out) {
   for (int64_t row = 0; row < rows; ++row, x += cols, out += cols) {
     const float scale = 1.0f / std::sqrt(SumOfSquares(x, cols) / static_cast<float>(cols) + eps);
     for (int64_t i = 0; i < cols; ++i) {

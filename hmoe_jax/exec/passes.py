@@ -24,6 +24,9 @@ CHUNK_LEN = 256
 BLOCK_LEN = 1024
 """Tokens that go through attention together."""
 
+MIN_BLOCK = 16
+"""Tokens, where a prompt is cut finely to fill gaps."""
+
 TILE_ROWS = (16, 2048)
 """The least and the most tokens of an expert that are multiplied together."""
 
@@ -65,8 +68,8 @@ class StreamSizes:
 
     def block_lens(self, num_tokens: int, num_devices: int) -> tuple[int, ...]:
         """For a prompt of so many tokens, the longest first: each divides the ones before it, the devices all."""
-        parts = (1, 4, 16) if self.fills_gaps else (1,)
         longest = min(self.block_len, num_tokens)
+        parts = [part for part in (1, 4, 16, 32, 64) if part == 1 or (self.fills_gaps and longest >= part * MIN_BLOCK)]
         shortest = -(-longest // (parts[-1] * num_devices)) * num_devices
         return tuple(shortest * parts[-1] // part for part in parts)
 

@@ -27,10 +27,14 @@ class Quantum:
     is_elsewhere: bool = False
 
 
+WORTH_CUTTING = 0.6
+"""A shorter part that fits no better must not take nearly as long: what both make of the context is made more often."""
+
+
 @dataclass(frozen=True)
 class Room:
-    """Where others wait for the device: a part that should take at most `seconds`, or the shortest that there is, if it
-    ends at most `late_s` after that. It is over when the prefill yields."""
+    """Where others wait for the device: a part that should take at most `seconds`, or the shortest that there is (of
+    those that are `WORTH_CUTTING`), if it ends at most `late_s` after that. It is over when the prefill yields."""
 
     seconds: float = math.inf
     late_s: float = 0.0
@@ -40,7 +44,10 @@ class Room:
         fitting = next((each for each in choices if each[0] <= self.seconds), None)
         if fitting is not None:
             return fitting
-        shortest = min(choices, key=lambda each: each[0])
+        shortest = choices[0]
+        for each in sorted(choices, key=lambda each: -each[0]):
+            if each[0] <= WORTH_CUTTING * shortest[0]:
+                shortest = each
         return shortest if shortest[0] <= self.seconds + self.late_s else None
 
 

