@@ -50,9 +50,9 @@ class Engine:
     request (`compilation_cache` keeps them for the next start); without it they are compiled when first needed.
     `skip_tokenizer_init` serves token ids only. `clock` tells seconds, for deadlines and metrics.
 
-    Several threads may use an engine; their requests run side by side, and none gets other tokens by it (a prompt that
-    is streamed beside decoding is summed in another order: its last bits may differ). Whoever waits runs the steps: for
-    all requests, so that `generate` and `stream` need no thread in the background. `AsyncEngine` has one, for asyncio.
+    Several threads may use an engine; their requests run side by side, and none gets other tokens by it. Whoever waits
+    runs the steps: for all requests, so that `generate` and `stream` need no thread in the background. `AsyncEngine`
+    has one, for asyncio.
 
     Raises `ConfigError`, `CheckpointError`, or `ValueError` naming the option; then nothing is left open.
     """

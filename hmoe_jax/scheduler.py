@@ -37,8 +37,7 @@ class Scheduler:
       lowest priority) is preempted: it gives up its pages and waits again, where it stood. So the first one always
       finishes, and then the next becomes the first.
     - Full pages of prompts can be found by later prompts until their place is needed. Only what a prefill computed is
-      found: prefill and decoding round differently, and an answer shall not depend on who asked before (nor does it,
-      where prompts are computed in place).
+      found: prefill and decoding round differently, and an answer shall not depend on who asked before.
     - A sequence that was in a step that failed decodes alone until it has a token, so that it harms nobody else.
     """
 

@@ -52,6 +52,7 @@ def main() -> None:
             "pages": [metrics.num_free_pages, metrics.num_pages],
             "preemptions": metrics.num_preemptions,
             "prefix_hit_rate": metrics.prefix_hit_rate,
+            "copied_bytes": metrics.copied_bytes,
             "tokens": metrics.num_generated_tokens,
             "tokens_per_step": metrics.tokens_per_step,
         }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hmoe_jax.kv.pages import CacheLayout
 from hmoe_jax.request import Sequence, StopRules, Terms
@@ -18,8 +19,8 @@ MAX_LEN, PREFILL_LEN, NUM_SLOTS, NUM_PAGES = 30, 6, 3, 11
 LAYOUT = CacheLayout(num_layers=1, num_pages=NUM_PAGES, page_size=4, latent_dim=1, chunk_pages=2, max_len=MAX_LEN)
 
 
-def scheduler(**options: Any) -> Scheduler:
-    return Scheduler(LAYOUT, num_slots=NUM_SLOTS, piece_len=lambda remaining: min(remaining, PREFILL_LEN), **options)
+def scheduler(layout: CacheLayout = LAYOUT, **options: Any) -> Scheduler:
+    return Scheduler(layout, num_slots=NUM_SLOTS, piece_len=lambda remaining: min(remaining, PREFILL_LEN), **options)
 
 
 def sequence(
@@ -289,6 +290,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.queue = scheduler()
         self.present: list[Sequence] = []
         self.written: dict[int, dict[int, int]] = {}  # page -> place -> token
+
+    @initialize(num_pages=st.integers(LAYOUT.pages_for(MAX_LEN) + 1, 2 * NUM_PAGES))
+    def begin(self, num_pages: int) -> None:
+        self.queue = scheduler(replace(LAYOUT, num_pages=num_pages))
 
     @property
     def running(self) -> list[Sequence]:

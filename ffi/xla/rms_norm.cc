@@ -2,6 +2,7 @@
 
 #include "kernels/rms_norm.h"
 
+#include "machine/float_environment.h"
 #include "xla/arguments.h"
 #include "xla/handlers.h"
 
@@ -13,6 +14,7 @@ Status Run(ffi::AnyBuffer x, ffi::AnyBuffer weight, float eps, ffi::AnyBuffer ou
   const int64_t rows = x.dimensions()[0], cols = x.dimensions()[1];
   if (Status s = CheckArgument("weight", weight, {ffi::BF16}, {cols}); !s.ok()) return s;
   if (Status s = CheckArgument("result", out, {ffi::BF16}, {rows, cols}); !s.ok()) return s;
+  const DefaultFloatEnvironment environment;
   RmsNorm(DataOf<const uint16_t>(x), DataOf<const uint16_t>(weight), rows, cols, eps, DataOf<uint16_t>(out));
   return {};
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal
@@ -41,17 +40,13 @@ class Durations:
         attention = attention_s(config, self.rates, own, context + tokens - own)  # of the device with the longest
         return attention + (mlp_s(config, self.rates, own, config.dense_ffn) if name == "dense" else 0.0)
 
-    def tile(self, rows: int, experts: int) -> float:
+    def tile(self, rows: float | int, experts: int) -> float:
         """`rows` tokens of each of so many experts of one device, and to start it."""
         return tile_s(self.config, self.rates, rows, experts) + self.rates.dispatch_s
 
     def group_copy(self, group_size: int) -> float:
         """So many experts to one device."""
         return group_size * expert_bytes(self.config) / self.rates.link_gbps / 1e9
-
-    def groups_beside_front(self, tokens: int, context: int, group_size: int) -> int:
-        """How many groups come while a layer's front computes, and one more."""
-        return 1 + math.ceil(self.block("front", tokens, context) / self.group_copy(group_size))
 
     def cancelling(self, sizes: StreamSizes, max_len: int) -> float:
         """The longest from when a prompt is cancelled until nothing of it runs: what has been started is finished."""

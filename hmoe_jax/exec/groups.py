@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -77,16 +76,17 @@ class GroupCover:
                 for slot, (done, count) in enumerate(zip(begins, counts, strict=True))
                 for begin in range(done, done + count, shape.rows)
             ]
-            own[: len(parts)], row[: len(parts)] = zip(*parts, strict=True) if parts else ((), ())
+            for place, part in enumerate(parts):
+                own[place], row[place] = part
         self._first += covered
         self._left -= covered
         return Tile(first, shape.rows, slots)
 
-    def _next(self, rows: Any, places: Any) -> Int[np.ndarray, "*s n g"]:
+    def _next(self, rows: int | np.ndarray, places: int | np.ndarray) -> Int[np.ndarray, "*s n g"]:
         """How many rows of each expert a tile of the next ones holds."""
-        wanted = -(-self._left // rows)
-        before = np.cumsum(wanted, axis=-1) - wanted
-        return np.minimum(self._left, np.clip(places - before, 0, wanted) * rows)
+        needed = -(-self._left // rows)  # places
+        before = np.cumsum(needed, axis=-1) - needed
+        return np.minimum(self._left, np.clip(places - before, 0, needed) * rows)
 
 
 def _cut(layer: int, experts: Sequence[Sequence[int]], size: int) -> list[Group]:

@@ -9,6 +9,10 @@ from typing import Any, TypeVar
 
 Choice = TypeVar("Choice")
 
+WORTH_CUTTING = 0.6
+"""A part that does not fit is cut shorter if that takes at most so much of its time. Blocks of few tokens make keys and
+values of all the context like long ones: they take nearly as long, and there are more of them."""
+
 
 @dataclass(frozen=True)
 class Quantum:
@@ -27,10 +31,6 @@ class Quantum:
     is_elsewhere: bool = False
 
 
-WORTH_CUTTING = 0.6
-"""A shorter part that fits no better must not take nearly as long: what both make of the context is made more often."""
-
-
 @dataclass(frozen=True)
 class Room:
     """Where others wait for the device: a part that should take at most `seconds`, or the shortest that there is (of
@@ -44,11 +44,17 @@ class Room:
         fitting = next((each for each in choices if each[0] <= self.seconds), None)
         if fitting is not None:
             return fitting
-        shortest = choices[0]
-        for each in sorted(choices, key=lambda each: -each[0]):
-            if each[0] <= WORTH_CUTTING * shortest[0]:
-                shortest = each
+        shortest = _shortest(choices)
         return shortest if shortest[0] <= self.seconds + self.late_s else None
+
+
+def _shortest(choices: Sequence[tuple[float, Choice]]) -> tuple[float, Choice]:
+    """Of those that are `WORTH_CUTTING`."""
+    shortest = choices[0]
+    for each in sorted(choices, key=lambda each: -each[0]):
+        if each[0] <= WORTH_CUTTING * shortest[0]:
+            shortest = each
+    return shortest
 
 
 NOWHERE = Room(seconds=-math.inf)

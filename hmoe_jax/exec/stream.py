@@ -37,6 +37,7 @@ from hmoe_jax.exec.copies import AXIS, NOBODY, CopyLane, ExpertStream, Group, Re
 from hmoe_jax.exec.durations import MAX_RUNNING, WAIT_S, BlockName, Durations, Pace
 from hmoe_jax.exec.groups import GroupCover, Tile, choose, guess, owned
 from hmoe_jax.exec.guard import FileGuard
+from hmoe_jax.exec.passes import TileShape
 from hmoe_jax.exec.plan import Plan
 from hmoe_jax.exec.prefill_thread import PrefillThread
 from hmoe_jax.exec.programs import Executor, StepFunction
@@ -79,7 +80,6 @@ class _Prompt:
     start: int
     length: int
     block_lens: tuple[int, ...]
-    num_guessed: int
     room: Room | None = None
 
     def pages(self, begin: int, end: int, page_size: int) -> Int32[np.ndarray, " p"]:
@@ -290,7 +290,7 @@ class StreamExecutor(Executor):
         owners = owned(self.config.num_experts, self._num_devices)
         rest = choose(layer, counts, owners, size=self.stream.group_size, ahead=ahead)
         waiting = deque([*rest, *self._guess(layer + 1, prompt)])
-        tile_s = {shape: self._durations.tile(*shape) for shape in self.stream.tiles}
+        tile_s = {shape: self._durations.tile(*shape) for shape in self._tiles(len(state.x))}
         for _ in range(len(ahead) + len(rest)):
             # The next copy is asked for before this group computes: on a GPU it would wait for what began before it.
             self._ask(experts, waiting)
@@ -360,11 +360,12 @@ class StreamExecutor(Executor):
             experts.ask(waiting.popleft())
 
     def _guess(self, layer: int, prompt: _Prompt) -> list[Group]:
-        """What to copy of a layer before its router has chosen: nothing, if most of it would be in vain."""
+        """What to copy of a layer before its router has chosen, as the link shall not rest: as much as the ring holds,
+        or nothing if too much of it would be in vain."""
         if layer == self.config.num_moe_layers or used_share(self.config, prompt.length) < LIKELY:
             return []
         owners = owned(self.config.num_experts, self._num_devices)
-        return guess(layer, owners, size=self.stream.group_size, count=prompt.num_guessed)
+        return guess(layer, owners, size=self.stream.group_size, count=self.stream.depth - 1)
 
     def _finish(self, function: StepFunction, batch: PrefillBatch, x: Array, routes: list[Array]) -> Any:
         """The output of `function` from the padded activations after the last layer, on the first device."""
@@ -392,12 +393,15 @@ class StreamExecutor(Executor):
         part_rows = next(iter(self.lanes.values())).source.part_rows
         part = np.zeros((self._num_devices * part_rows, self._records.num_bytes), np.uint8)
         records = (jax.device_put(part, NamedSharding(self._mesh, DIVIDED)),) * (self.stream.group_size // part_rows)
+        for rows, places in self._tiles(len(state.x)):
+            slots = nobody[:, :places]
+            tile = Tile(np.zeros_like(slots), rows, slots)
+            state = self._add_tile(tile, Group(0, nobody), state, routes, records)
+
+    def _tiles(self, num_tokens: int) -> list[TileShape]:
+        """An expert has no more rows than there are tokens."""
         least = min(shape.rows for shape in self.stream.tiles)
-        for rows, places in self.stream.tiles:
-            if rows < 2 * len(state.x) or rows == least:  # an expert has no more rows
-                slots = nobody[:, :places]
-                tile = Tile(np.zeros_like(slots), rows, slots)
-                state = self._add_tile(tile, Group(0, nobody), state, routes, records)
+        return [shape for shape in self.stream.tiles if shape.rows < max(2 * num_tokens, least + 1)]
 
     def _prompt(self, batch: PrefillBatch, room: Room | None = None) -> _Prompt:
         """Blocks have one of few lengths; the longest divides the padded batch: so some block always fits the rest."""
@@ -407,18 +411,7 @@ class StreamExecutor(Executor):
         padded = replace(batch, tokens=tokens, targets=targets)
         everywhere = jax.device_put(padded, NamedSharding(self._mesh, EVERYWHERE))
         start, length = int(batch.start), int(batch.length)
-        return _Prompt(everywhere, start, length, block_lens, self._num_guessed(start, length), room)
-
-    def _num_guessed(self, start: int, length: int) -> int:
-        """Groups of a layer that are copied by number, before its router has chosen.
-
-        Where the link is the limit, as many as the ring holds: it shall never rest. Else no more than come beside the
-        layer's front, as groups by load are multiplied in fewer rows.
-        """
-        cost = self._cost(length)
-        if cost.copy_s >= cost.front_s + cost.experts_s:
-            return self.stream.depth - 1
-        return min(self._durations.groups_beside_front(length, start, self.stream.group_size), self.stream.depth - 1)
+        return _Prompt(everywhere, start, length, block_lens, room)
 
     def _progress(self, batch: PrefillBatch) -> AbstractContextManager[Callable[[float], None]]:
         num_tokens = int(batch.length)

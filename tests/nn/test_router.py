@@ -61,7 +61,8 @@ def brute_force(
 
 def test_no_bit_depends_on_the_number_of_tokens() -> None:
     config = tiny("plain", num_experts=64, top_k=8, num_groups=1, top_groups=1, hidden_size=64)
-    hidden, weight, bias = random_inputs(config, num_tokens=1024)
+    hidden, _, bias = random_inputs(config, num_tokens=1024)
+    weight = np.eye(64, dtype=np.float32)  # no product is rounded: what follows them is tested
     jitted = jax.jit(partial(route, config))
     ids, gates = jitted(hidden, weight, bias)
     for count in (2, 7, 16, 100, 512):

@@ -26,4 +26,5 @@ def test_traffic_leaves_nothing_behind_and_every_answer_is_right(
     assert result["ends"]["abort"] > 0
     assert result["prefix_hit_rate"] > 0
     assert result["preemptions"] > 0
+    assert (result["copied_bytes"] > 0) == (executor == IN_GAPS)
     assert result["pages"][0] == result["pages"][1]
