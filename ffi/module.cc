@@ -9,6 +9,7 @@
 #include "bench/naive_experts.h"
 #include "kernels/dot_peak.h"
 #include "kernels/isa.h"
+#include "kernels/mla_expansion.h"
 #include "kernels/read_bandwidth.h"
 #include "machine/cpu.h"
 #include "python/expert_lane.h"
@@ -34,6 +35,13 @@ double MeasureDots(const PyThreadPool& pool) {
   const auto compute = pool.compute();
   const nb::gil_scoped_release unlocked;
   return DotPeak(*compute);
+}
+
+// Of what `mla_expand` fills.
+nb::tuple ExpandedShape(int64_t heads, int64_t nope, int64_t rope, int64_t value, int64_t positions) {
+  MlaAttentionArgs args;
+  args.nope_dim = nope, args.rope_dim = rope, args.value_dim = value;
+  return nb::make_tuple(heads, CeilDiv(positions, kMlaChunk), MlaWidths(args).words());
 }
 
 // For tests: the values of stored weights by the decode that the kernels use, without scales.
@@ -174,6 +182,9 @@ NB_MODULE(_native, m) {
   m.def("rms_norm", [] { return Capsule(kRmsNormHandler); });
   m.def("mla_prefill", [] { return Capsule(kMlaPrefillHandler); });
   m.def("mla_attention", [] { return Capsule(kMlaAttentionHandler); });
+  m.def("mla_expand", [] { return Capsule(kMlaExpandHandler); });
+  m.def("mla_attend_expanded", [] { return Capsule(kMlaAttendExpandedHandler); });
+  m.def("mla_expanded_shape", &ExpandedShape, "heads"_a, "nope"_a, "rope"_a, "value"_a, "positions"_a);
   m.def("isa_names", &OfferedIsaNames);
   m.def("all_isa_names", &AllIsaNames);
   m.def("codec_names", &CodecNames);

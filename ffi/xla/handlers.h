@@ -40,4 +40,11 @@ extern XLA_FFI_Handler* const kMlaAttentionHandler;
 // The same of one sequence: tables [pages] s32.
 extern XLA_FFI_Handler* const kMlaPrefillHandler;
 
+// expanded [h, chunks, MlaWidths::words()] u16, key, value, cache, tables [pages], positions [t] s32 as
+// above; attribute pool s64; result as `expanded`, in its memory.
+extern XLA_FFI_Handler* const kMlaExpandHandler;
+
+// nope, rope, expanded, positions as above; attributes pool s64, scale f32; result [t, h, v] bf16.
+extern XLA_FFI_Handler* const kMlaAttendExpandedHandler;
+
 }  // namespace hmoe

@@ -8,7 +8,7 @@ from typing import Literal
 
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.exec.passes import StreamSizes
-from hmoe_jax.perf.cost import Rates, attention_s, expert_bytes, mlp_s, tile_s
+from hmoe_jax.perf.cost import Rates, attention_s, expand_s, expert_bytes, mlp_s, tile_s
 
 MAX_RUNNING = 2
 """Quanta that are started before the first of them has ended: enough that a device never waits for the host."""
@@ -32,13 +32,18 @@ class Durations:
     config: ModelConfig
     rates: Rates
 
-    def block(self, name: BlockName, tokens: int, context: int) -> float:
-        """A part of a layer, for `tokens` after `context` others."""
+    def block(self, name: BlockName, tokens: int, context: int, *, is_kept: bool) -> float:
+        """A part of a layer, for `tokens` after `context` others, whose keys and values are kept or not."""
         config, own = self.config, -(-tokens // self.rates.num_devices)
         if name == "back":
             return mlp_s(config, self.rates, own, config.num_shared_experts * config.expert_ffn)
-        attention = attention_s(config, self.rates, own, context + tokens - own)  # of the device with the longest
+        before, expanded = context + tokens - own, tokens if is_kept else None  # of the device with the longest
+        attention = attention_s(config, self.rates, own, before, num_expanded=expanded)
         return attention + (mlp_s(config, self.rates, own, config.dense_ffn) if name == "dense" else 0.0)
+
+    def expand(self, tokens: int) -> float:
+        """Keys and values of so many positions of a layer."""
+        return expand_s(self.config, self.rates, tokens)
 
     def tile(self, rows: float | int, experts: int) -> float:
         """`rows` tokens of each of so many experts of one device, and to start it."""
@@ -50,7 +55,8 @@ class Durations:
 
     def cancelling(self, sizes: StreamSizes, max_len: int) -> float:
         """The longest from when a prompt is cancelled until nothing of it runs: what has been started is finished."""
-        block = self.block("front", sizes.block_len, max(max_len - sizes.block_len, 0))
+        before, is_kept = max(max_len - sizes.block_len, 0), sizes.keeps(max_len)
+        block = self.block("front", sizes.block_len, before, is_kept=is_kept)
         computing = (MAX_RUNNING + 1) * max(block, *(self.tile(*shape) for shape in sizes.tiles))
         return WAIT_S + max(computing, MAX_COPYING * self.group_copy(sizes.group_size))
 

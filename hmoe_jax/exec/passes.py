@@ -41,6 +41,9 @@ GROUPS_PER_LAYER = 8
 
 MIN_PASS = 512
 
+MAX_ELEMENTS = 2**31
+"""Of an array of keys or values: a GPU's kernel counts in 32 bits."""
+
 
 class TileShape(NamedTuple):
     """A product of several experts of a device: in each of so many `places` as many `rows` of one of them."""
@@ -55,7 +58,8 @@ class StreamSizes:
 
     `group_size` experts of each device are copied together, `depth` such groups lie on it at most. A pass has at most
     `pass_len` tokens, of which `block_len` go through attention together; fewer, where a prompt `fills_gaps` of decode
-    steps. Programs are compiled for the `tiles`.
+    steps. Programs are compiled for the `tiles`. Keys and values of a layer are kept for at most `expanded_len`
+    positions.
     """
 
     group_size: int
@@ -65,6 +69,12 @@ class StreamSizes:
     block_len: int = BLOCK_LEN
     variant: str = "batched"
     fills_gaps: bool = False
+    expanded_len: int = 0
+
+    def keeps(self, num_positions: int) -> bool:
+        """Whether keys and values are kept of a prompt that ends there; else each block makes those of all its context
+        anew."""
+        return num_positions <= self.expanded_len
 
     def block_lens(self, num_tokens: int, num_devices: int) -> tuple[int, ...]:
         """For a prompt of so many tokens, the longest first: each divides the ones before it, the devices all."""
@@ -77,12 +87,14 @@ class StreamSizes:
         """Of each device's memory, beside weights and caches: the most that streaming takes."""
         work = max(group_bytes(config, self.group_size), block_bytes(config, self.block_len))
         records = self.depth * self.group_size * expert_bytes(config)
-        return work + records + self.pass_len * token_bytes(config)
+        expanded = self.expanded_len * expanded_bytes(config)
+        return work + records + expanded + self.pass_len * token_bytes(config)
 
     def costs(self, num_devices: int) -> dict[str, int]:
         """What `perf.cost.prefill_cost` wants to know of passes and of the ring."""
         ahead = (self.depth - 1) * self.group_size * num_devices
-        return {"pass_len": self.pass_len, "block_len": self.block_len, "ahead_experts": ahead}
+        sizes = {"pass_len": self.pass_len, "block_len": self.block_len, "expanded_len": self.expanded_len}
+        return sizes | {"ahead_experts": ahead}
 
 
 @dataclass(frozen=True)
@@ -146,8 +158,15 @@ def token_bytes(config: ModelConfig) -> int:
     return config.hidden_size * (2 + 2 + 4) + config.top_k * 4 * 6
 
 
+def expanded_bytes(config: ModelConfig) -> int:
+    """Of a device's memory for keys and values of a position of one layer, which are kept while a prompt goes through
+    it. (The native kernels of the CPU platform hold the rotated part for each head.)"""
+    return 2 * (config.num_heads * (config.nope_dim + config.v_dim) + config.rope_dim)
+
+
 def stream_sizes(config: ModelConfig, num_devices: int, *, memory_bytes: int, max_len: int) -> StreamSizes:
-    """Groups of which a few take a quarter of `memory_bytes` (per device), the longest passes, then the deepest ring.
+    """Groups of which a few take a quarter of `memory_bytes` (per device), the longest passes, keys and values of as
+    many positions, then the deepest ring.
 
     Raises `ValueError` with the numbers if not even single experts and the shortest pass fit.
     """
@@ -170,12 +189,16 @@ def stream_sizes(config: ModelConfig, num_devices: int, *, memory_bytes: int, ma
             f"experts and {token_bytes(config):,} for each of {min(MIN_PASS, max_len)} tokens, but {memory_bytes:,} "
             "bytes are left for it"
         )
-    spare = (left - pass_len * token_bytes(config)) // (group_size * record)
-    depth = MIN_DEPTH + min(spare, -(-per_device // group_size))
+    left -= pass_len * token_bytes(config)
+    most = MAX_ELEMENTS // (config.num_heads * max(config.nope_dim, config.v_dim)) - CHUNK_LEN
+    expanded_len = min(left // expanded_bytes(config), max_len, most)
+    left -= expanded_len * expanded_bytes(config)
+    depth = MIN_DEPTH + min(left // (group_size * record), -(-per_device // group_size))
     return StreamSizes(
         group_size=group_size,
         pass_len=pass_len,
         depth=depth,
         block_len=block_len,
         tiles=tile_shapes(group_size),
+        expanded_len=expanded_len,
     )

@@ -25,11 +25,13 @@ from hmoe_jax.core import record, unchecked
 from hmoe_jax.exec.batch import PrefillBatch
 from hmoe_jax.exec.copies import AXIS, Records
 from hmoe_jax.exec.durations import BlockName
-from hmoe_jax.exec.step import prefill_attention, prefill_tokens
+from hmoe_jax.exec.step import PromptCache, block_attention, prefill_tokens
 from hmoe_jax.experts.records import RecordLayout
 from hmoe_jax.kernels.grouped.experts import VARIANTS
 from hmoe_jax.kernels.grouped.routes import SortedRoutes, group_rows, sort_routes
 from hmoe_jax.kv.pages import CacheLayout
+from hmoe_jax.nn.attention import Pages, UpProjections
+from hmoe_jax.nn.expanded import Expanded, expand
 
 EVERYWHERE = PartitionSpec()
 DIVIDED = PartitionSpec(AXIS)
@@ -61,6 +63,7 @@ class _Form:
 _PASS = unchecked(Pass, x=EVERYWHERE, hidden=EVERYWHERE, ids=EVERYWHERE, weights=EVERYWHERE, routed=DIVIDED)
 _BEGIN = _Form(_PASS)
 _BLOCK = _Form((_PASS, EVERYWHERE), donated=(1, 2))
+_EXPAND = _Form(EVERYWHERE, donated=(1,))
 _SORT = _Form((_PASS, EVERYWHERE, EVERYWHERE), donated=(0,))
 _GROUP = _Form(DIVIDED, donated=(0,))
 
@@ -82,20 +85,28 @@ class QuantumPrograms:
         name: BlockName,
         layer: Layer,
         state: Pass,
-        cache: Array,
+        cache: PromptCache,
         batch: PrefillBatch,
         *,
         first: int,
         block_len: int,
         kind: str,
-    ) -> tuple[Pass, Array]:
-        """A part of a layer for the tokens `first .. first + block_len - 1`, and its cache with their latents.
+    ) -> tuple[Pass, PromptCache]:
+        """A part of a layer for the tokens `first .. first + block_len - 1`, and its cache with what they leave there.
 
         Layers of the same `kind` differ in nothing but their numbers: they share programs.
         """
         function = {"dense": self._dense, "front": self._front, "back": self._back}[name]
-        program, key = partial(function, block_len=block_len), (name, len(state.x), block_len, kind)
-        return self._run(_BLOCK, key, program, layer, state, cache, batch, np.int32(first))
+        key = (name, len(state.x), block_len, kind, cache.expanded is not None)
+        operands = (layer, state, cache, batch, np.int32(first))
+        return self._run(_BLOCK, key, partial(function, block_len=block_len), *operands)
+
+    def expand(
+        self, up: UpProjections, cache: PromptCache, batch: PrefillBatch, positions: Int32[np.ndarray, " s"]
+    ) -> Expanded:
+        """What is kept of a layer, with keys and values of `positions` (`nn.expanded.expand`) before the batch."""
+        operands = (up, cache.expanded, cache.latents, batch.table, positions)
+        return self._run(_EXPAND, ("expand", len(positions)), self._expand, *operands)
 
     def sort(self, state: Pass) -> tuple[Pass, SortedRoutes, Array]:
         """No sums yet; the routes by expert; and the expert ids, which stay when the pass goes on."""
@@ -157,8 +168,8 @@ class QuantumPrograms:
         )
 
     def _dense(
-        self, layer: Layer, state: Pass, cache: Array, batch: PrefillBatch, first: Array, *, block_len: int
-    ) -> tuple[Pass, Array]:
+        self, layer: Layer, state: Pass, cache: PromptCache, batch: PrefillBatch, first: Array, *, block_len: int
+    ) -> tuple[Pass, PromptCache]:
         begin, own = _own_rows(first, block_len)
         tokens = prefill_tokens(batch, begin, own)
         x, cache = deepseek_v3.dense_layer(
@@ -167,8 +178,8 @@ class QuantumPrograms:
         return replace(state, x=_set_rows(state.x, first, _gather(x))), cache
 
     def _front(
-        self, layer: Layer, state: Pass, cache: Array, batch: PrefillBatch, first: Array, *, block_len: int
-    ) -> tuple[Pass, Array]:
+        self, layer: Layer, state: Pass, cache: PromptCache, batch: PrefillBatch, first: Array, *, block_len: int
+    ) -> tuple[Pass, PromptCache]:
         begin, own = _own_rows(first, block_len)
         tokens = prefill_tokens(batch, begin, own)
         seam, cache = deepseek_v3.front(
@@ -178,6 +189,11 @@ class QuantumPrograms:
         return replace(
             state, **{name: _set_rows(getattr(state, name), first, _gather(rows)) for name, rows in found.items()}
         ), cache
+
+    def _expand(
+        self, up: UpProjections, expanded: Expanded, latents: Array, table: Array, positions: Int32[Array, " s"]
+    ) -> Expanded:
+        return expand(up, expanded, Pages(latents, table), positions)
 
     def _sort(self, state: Pass) -> tuple[Pass, SortedRoutes, Array]:
         routes = sort_routes(state.ids, state.weights, num_experts=self._config.num_experts)
@@ -205,16 +221,16 @@ class QuantumPrograms:
         return VARIANTS[self._variant](routed, hidden, chosen, self._records.unpack(stack))
 
     def _back(
-        self, layer: Layer, state: Pass, cache: Array, batch: PrefillBatch, first: Array, *, block_len: int
-    ) -> tuple[Pass, Array]:
+        self, layer: Layer, state: Pass, cache: PromptCache, batch: PrefillBatch, first: Array, *, block_len: int
+    ) -> tuple[Pass, PromptCache]:
         begin, own = _own_rows(first, block_len)
         residual, hidden = _rows(state.x, begin, own), _rows(state.hidden, begin, own)
         routed = lax.psum_scatter(_rows(state.routed, first, block_len), AXIS, scatter_dimension=0, tiled=True)
         x = deepseek_v3.back(residual, deepseek_v3.shared_experts(layer, hidden), routed)
         return replace(state, x=_set_rows(state.x, first, _gather(x))), cache
 
-    def _attend(self, batch: PrefillBatch, tokens: Tokens) -> Attend[Array]:
-        return prefill_attention(self._config, self._layout, batch, tokens, gather=_gather)
+    def _attend(self, batch: PrefillBatch, tokens: Tokens) -> Attend[PromptCache]:
+        return block_attention(self._config, self._layout, batch, tokens, gather=_gather)
 
 
 def _own_rows(first: Array, block_len: int) -> tuple[Array, int]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32, UInt
 
 from hmoe_jax.architectures import deepseek_v3
 from hmoe_jax.architectures.deepseek_v3 import Attend, ExpertsBeside, RoutedExperts, Tokens, Weights
@@ -19,6 +19,7 @@ from hmoe_jax.exec.batch import DecodeBatch, PrefillBatch
 from hmoe_jax.exec.state import DeviceState
 from hmoe_jax.kv.pages import CacheLayout, read_chunk, write_latents
 from hmoe_jax.nn.attention import Context, Pages, Queries, UpProjections, attend_absorbed, attend_decompressed
+from hmoe_jax.nn.expanded import Expanded, attend_expanded, expand
 from hmoe_jax.sampling import Sampled, SamplerState, report, sample
 
 SCORED_ROWS = 128
@@ -33,6 +34,16 @@ class StepOutput:
     sampled: Sampled
     routes: Int32[AnyArray, "m t k"]
     prompt: Sampled | None = None
+
+
+@record
+@dataclass(frozen=True)
+class PromptCache:
+    """Of a layer, for a prompt that is computed in blocks: its latents, and where they are kept what was expanded of
+    the sequence's up to now."""
+
+    latents: UInt[AnyArray, "pages slots w"]
+    expanded: Expanded | None = None
 
 
 Forward = tuple[Float[Array, "t w"], tuple[Array, ...], Int32[Array, "m t k"]]
@@ -140,22 +151,32 @@ def prefill_tokens(batch: PrefillBatch, begin: int | Int32[Array, ""], size: int
     return Tokens(ids=ids, positions=positions, valid=offsets < batch.length)
 
 
-def prefill_attention(
-    config: ModelConfig,
-    layout: CacheLayout,
-    batch: PrefillBatch,
-    tokens: Tokens,
-    *,
-    gather: Callable[[Array], Array] = lambda rows: rows,
-) -> Attend[Array]:
-    """Attention of these tokens to their sequence. `gather` collects rows of the devices that share the tokens."""
-    positions, valid = gather(tokens.positions), gather(tokens.valid)
-    tables = jnp.broadcast_to(batch.table, (positions.shape[0], batch.table.shape[0]))
+def prefill_attention(config: ModelConfig, layout: CacheLayout, batch: PrefillBatch, tokens: Tokens) -> Attend[Array]:
+    """Attention of these tokens to their sequence."""
 
     def attend(cache: Array, queries: Queries, up: UpProjections, latents: Array) -> tuple[Array, Array]:
-        cache = write_latents(cache, tables, positions, valid, gather(latents))
+        cache = _with_latents(cache, batch, tokens.positions, tokens.valid, latents)
         context = _context(layout, cache, batch.table, tokens.positions, latents.dtype)
         return attend_decompressed(queries, up, context, scale=config.softmax_scale), cache
+
+    return attend
+
+
+def block_attention(
+    config: ModelConfig, layout: CacheLayout, batch: PrefillBatch, tokens: Tokens, *, gather: Callable[[Array], Array]
+) -> Attend[PromptCache]:
+    """The same of a prompt in blocks, each of which adds its own keys and values where these are kept. `gather`
+    collects rows of the devices that share a block's tokens."""
+    positions, valid = gather(tokens.positions), gather(tokens.valid)
+
+    def attend(cache: PromptCache, queries: Queries, up: UpProjections, latents: Array) -> tuple[Array, PromptCache]:
+        pages = _with_latents(cache.latents, batch, positions, valid, gather(latents))
+        if cache.expanded is None:
+            context = _context(layout, pages, batch.table, tokens.positions, latents.dtype)
+            return attend_decompressed(queries, up, context, scale=config.softmax_scale), PromptCache(pages)
+        expanded = expand(up, cache.expanded, Pages(pages, batch.table), positions)
+        mixed = attend_expanded(queries, up, expanded, tokens.positions, scale=config.softmax_scale)
+        return mixed, PromptCache(pages, expanded)
 
     return attend
 
@@ -220,6 +241,13 @@ def _draw(state: DeviceState, batch: DecodeBatch, computed: Forward) -> tuple[St
 
 def _tokens_and_attention(model: StepModel, batch: DecodeBatch) -> tuple[Tokens, Attend[Array]]:
     return decode_tokens(batch), decode_attention(model.config, model.layout, batch)
+
+
+def _with_latents(
+    cache: Array, batch: PrefillBatch, positions: Int32[Array, " t"], valid: Bool[Array, " t"], latents: Array
+) -> Array:
+    tables = jnp.broadcast_to(batch.table, (positions.shape[0], batch.table.shape[0]))
+    return write_latents(cache, tables, positions, valid, latents)
 
 
 def _context(

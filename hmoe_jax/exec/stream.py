@@ -45,6 +45,7 @@ from hmoe_jax.exec.progress import prefill_progress
 from hmoe_jax.exec.quanta import DIVIDED, EVERYWHERE, Pass, QuantumPrograms
 from hmoe_jax.exec.quantum import NOWHERE, Quanta, Quantum, Room, run_out
 from hmoe_jax.exec.step import (
+    PromptCache,
     StepOutput,
     layer_kinds,
     prefill,
@@ -55,6 +56,7 @@ from hmoe_jax.exec.step import (
 )
 from hmoe_jax.kernels.grouped.routes import SortedRoutes
 from hmoe_jax.kv.pages import copy_pages
+from hmoe_jax.nn.expanded import Expanded, allocate
 from hmoe_jax.nn.norm import rms_norm
 from hmoe_jax.perf.cost import prefill_cost, used_share
 from hmoe_jax.perf.lanes import Recorder, Span
@@ -68,18 +70,23 @@ Part = Generator[Quantum, Room | None, Value]
 PAGES_S = 0.01
 """Pages are copied for about so long at a time, where others wait: of DeepSeek-V3 some dozen layers of 32K tokens."""
 
+EXPANDED_LENS = (1024, 256, 64)
+"""Positions before a prompt whose keys and values are made at a time."""
+
 LIKELY = 0.9
 """An expert is copied before its layer's router has chosen if it is at least so probable that some token chooses it."""
 
 
 @dataclass
 class _Prompt:
-    """A piece of a prompt: its batch padded to whole blocks, on all devices. `room` is what its next quantum has."""
+    """A piece of a prompt: its batch padded to whole blocks, on all devices, and whether a layer's keys and values are
+    kept. `room` is what its next quantum has."""
 
     everywhere: PrefillBatch
     start: int
     length: int
     block_lens: tuple[int, ...]
+    keeps_expanded: bool
     room: Room | None = None
 
     def pages(self, begin: int, end: int, page_size: int) -> Int32[np.ndarray, " p"]:
@@ -124,7 +131,7 @@ class StreamExecutor(Executor):
         """By the places of this process's devices in the mesh."""
         self._everywhere = jax.tree.map(self._replicate, replace(weights, norm=None, head=None))
         self._kinds = layer_kinds(weights)
-        self._mirrors = self._copy_caches()
+        self._mirrors, self._expanded = self._copy_caches(), self._allocate_expanded()
         self.quantum_programs = QuantumPrograms(config, self.layout, self._records, self._mesh, variant=stream.variant)
         self._running: deque[Array] = deque()
         self._tails: dict[tuple[str, int], Callable[..., Any]] = {}
@@ -217,6 +224,7 @@ class StreamExecutor(Executor):
             state = self.quantum_programs.begin(self._everywhere.embed, prompt.everywhere)
             routes = []
             for index in range(self.config.num_layers):
+                yield from self._expand_context(index, prompt)
                 if index < self.config.num_dense_layers:
                     state = yield from self._over_blocks("dense", index, state, prompt)
                     continue
@@ -252,29 +260,47 @@ class StreamExecutor(Executor):
         return sum(lane.num_bytes for lane in self.lanes.values())
 
     def reset(self) -> None:
-        for array in jax.tree.leaves(self._mirrors):
+        for array in jax.tree.leaves((self._mirrors, self._expanded)):
             array.delete()
         super().reset()
-        self._mirrors = self._copy_caches()
+        self._mirrors, self._expanded = self._copy_caches(), self._allocate_expanded()
 
     def close(self) -> None:
         for lane in self.lanes.values():
             lane.close()
-        for array in jax.tree.leaves((self._everywhere, self._mirrors)):
+        for array in jax.tree.leaves((self._everywhere, self._mirrors, self._expanded)):
             array.delete()
         super().close()
+
+    def _expand_context(self, index: int, prompt: _Prompt) -> Part[None]:
+        """Keys and values of what the prompt looks back at, where they are kept; blocks add their own."""
+        if not prompt.keeps_expanded:
+            return
+        first = 0
+        while first < prompt.start:
+            sizes = [(self._durations.expand(size), size) for size in EXPANDED_LENS]
+            predicted_s, size = yield from self._chosen("expand", index, prompt, sizes)
+            with self._watch("expand", size, predicted_s, prompt):
+                self._expand(index, prompt, first, size)
+            prompt.room = yield Quantum("expand", index, self.config.num_layers, predicted_s)
+            first += size
+
+    def _expand(self, index: int, prompt: _Prompt, first: int, num_positions: int) -> None:
+        positions = np.arange(first, first + num_positions, dtype=np.int32).clip(max=max(prompt.start - 1, 0))
+        up, cache = self._everywhere.layers[index].attention.kv_b, self._cache(index, prompt)
+        self._expanded = self.quantum_programs.expand(up, cache, prompt.everywhere, positions)
 
     def _over_blocks(self, name: BlockName, index: int, state: Pass, prompt: _Prompt) -> Part[Pass]:
         layer, kind = self._everywhere.layers[index], self._kinds[index]
         first = 0
         while first < prompt.length:
             blocks = [
-                (self._durations.block(name, size, prompt.start + first), size)
+                (self._durations.block(name, size, prompt.start + first, is_kept=prompt.keeps_expanded), size)
                 for size in prompt.block_lens
                 if first + size <= len(prompt.everywhere.tokens)
             ]
             predicted_s, size = yield from self._chosen(name, index, prompt, blocks)
-            operands = (layer, state, self._cache(index), prompt.everywhere)
+            operands = (layer, state, self._cache(index, prompt), prompt.everywhere)
             with self._watch(name, size, predicted_s, prompt):
                 state, cache = self.quantum_programs.block(name, *operands, first=first, block_len=size, kind=kind)
                 self._set_cache(index, cache)
@@ -378,16 +404,21 @@ class StreamExecutor(Executor):
         return output
 
     def _warm_up_prefill(self, size: int) -> None:
-        """Runs a token of nobody's, and the blocks and tiles that it did not need."""
+        """Runs a token of nobody's, and what it did not need: other blocks, a context before it, tiles."""
         for function in (prefill, prefill_scored):
             self.run(function, self.empty_prefill(size))
         prompt = self._prompt(self.empty_prefill(size))
         run_out(self._fetch_context(replace(prompt, start=1)))
+        if prompt.keeps_expanded:
+            for num_positions in EXPANDED_LENS:
+                self._expand(0, prompt, 0, num_positions)
         state = self.quantum_programs.begin(self._everywhere.embed, prompt.everywhere)
+        forms = {prompt.keeps_expanded, self.stream.keeps(self.layout.max_len)}
         for index in {kind: index for index, kind in enumerate(self._kinds)}.values():
             names: tuple[BlockName, ...] = ("dense",) if index < self.config.num_dense_layers else ("front", "back")
-            for name, shorter in itertools.product(names, prompt.block_lens[1:]):
-                state = run_out(self._over_blocks(name, index, state, replace(prompt, block_lens=(shorter,))))
+            for name, block_len, is_kept in itertools.product(names, prompt.block_lens, forms):
+                other = replace(prompt, block_lens=(block_len,), keeps_expanded=is_kept)
+                state = run_out(self._over_blocks(name, index, state, other))
         state, routes, _ = self.quantum_programs.sort(state)
         nobody = np.full((self._num_devices, self.stream.group_size), NOBODY, np.int32)
         part_rows = next(iter(self.lanes.values())).source.part_rows
@@ -411,7 +442,7 @@ class StreamExecutor(Executor):
         padded = replace(batch, tokens=tokens, targets=targets)
         everywhere = jax.device_put(padded, NamedSharding(self._mesh, EVERYWHERE))
         start, length = int(batch.start), int(batch.length)
-        return _Prompt(everywhere, start, length, block_lens, room)
+        return _Prompt(everywhere, start, length, block_lens, self.stream.keeps(start + length), room)
 
     def _progress(self, batch: PrefillBatch) -> AbstractContextManager[Callable[[float], None]]:
         num_tokens = int(batch.length)
@@ -433,11 +464,23 @@ class StreamExecutor(Executor):
         """The caches of the other devices. Decoding writes to the first one's alone."""
         return [[jax.device_put(cache, device) for device in self._others] for cache in self._state.caches]
 
-    def _cache(self, index: int) -> Array:
-        return self._join(self._own(self._state.caches[index]) + self._mirrors[index])
+    def _allocate_expanded(self) -> Expanded | None:
+        """Keys and values of a layer, on each device, if there is room for some."""
+        if self.stream.expanded_len == 0:
+            return None
+        up, dtype = self._everywhere.layers[0].attention.kv_b, self._everywhere.embed.dtype
+        sizes = {"rope_dim": self.config.rope_dim, "num_positions": self.stream.expanded_len}
+        everywhere = NamedSharding(self._mesh, EVERYWHERE)
+        return jax.jit(partial(allocate, up, **sizes, dtype=dtype), out_shardings=everywhere)()
 
-    def _set_cache(self, index: int, cache: Array) -> None:
-        shards = {shard.device: shard.data for shard in cache.addressable_shards}
+    def _cache(self, index: int, prompt: _Prompt) -> PromptCache:
+        latents = self._join(self._own(self._state.caches[index]) + self._mirrors[index])
+        return PromptCache(latents, self._expanded if prompt.keeps_expanded else None)
+
+    def _set_cache(self, index: int, cache: PromptCache) -> None:
+        if cache.expanded is not None:
+            self._expanded = cache.expanded
+        shards = {shard.device: shard.data for shard in cache.latents.addressable_shards}
         self._mirrors[index] = [shards[device] for device in self._others]
         if not self._is_apart:
             self._state.caches[index] = shards[self._device]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from hmoe_jax.core import record
@@ -41,6 +42,10 @@ class Softmax:
     def empty(num_heads: int, num_tokens: int, width: int) -> Softmax:
         nothing = jnp.full((num_heads, num_tokens), -jnp.inf, jnp.float32)
         return Softmax(nothing, jnp.zeros_like(nothing), jnp.zeros((num_heads, num_tokens, width), jnp.float32))
+
+    def result(self, dtype: DTypeLike) -> Float[Array, "t h v"]:
+        """Of queries that have seen something."""
+        return jnp.swapaxes(self.mixed / self.total[..., None], 0, 1).astype(dtype)
 
 
 def fits(num_tokens: int, *widths: int) -> bool:

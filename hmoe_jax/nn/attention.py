@@ -17,9 +17,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32, UInt
 
-from hmoe_jax.core import record
+from hmoe_jax.core import AnyArray, record
 from hmoe_jax.kernels.flash_attention import KEYS, Softmax, attend_run, fits
 from hmoe_jax.kernels.mla_attention import mla_attention
 from hmoe_jax.kernels.mla_prefill import mla_prefill
@@ -53,6 +54,16 @@ class Queries:
 
     nope: Float[Array, "t h n"]
     rope: Float[Array, "t h p"]
+
+
+@record
+@dataclass(frozen=True)
+class KeysValues:
+    """Expanded latents: `key` and `value` of every head, and the rotated part of keys, which heads share."""
+
+    key: Float[AnyArray, "h s n"]
+    rope: Float[AnyArray, "s p"]
+    value: Float[AnyArray, "h s v"]
 
 
 @record
@@ -91,17 +102,77 @@ def attend_decompressed(
     queries: Queries, up: UpProjections, context: Context, *, scale: float
 ) -> Float[Array, "t h v"]:
     """Attention of all `t` tokens of one sequence. Scores and sums in FP32; the result has the queries' dtype."""
-    num_tokens, _, nope = queries.nope.shape
-    widths = (nope, queries.rope.shape[-1], up.value.shape[1])
-    plain = _attend_decompressed_xla
-    if up.on_gpu == "flash" and fits(num_tokens, *widths) and context.chunk_len * RUN_CHUNKS % KEYS == 0:
-        plain = _attend_decompressed_gpu
+    is_whole = context.chunk_len * RUN_CHUNKS % KEYS == 0
+    plain = _attend_decompressed_gpu if is_whole and uses_flash(queries, up) else _attend_decompressed_xla
     return _native_or_xla(mla_prefill, plain, queries, up, context, scale=scale)
 
 
 def attend_absorbed(queries: Queries, up: UpProjections, context: Context, *, scale: float) -> Float[Array, "t h v"]:
     """Attention of `t` sequences with one new token each. Dtypes as for `attend_decompressed`."""
     return _native_or_xla(mla_attention, _attend_absorbed_xla, queries, up, context, scale=scale)
+
+
+def is_native(up: UpProjections, dtype: DTypeLike) -> bool:
+    """Whether the native kernels attend with activations of `dtype`, on the CPU platform."""
+    return up.pool is not None and jnp.dtype(dtype) == jnp.bfloat16
+
+
+def uses_flash(queries: Queries, up: UpProjections) -> bool:
+    """Whether a GPU attends by the kernel of our own."""
+    num_tokens, _, nope = queries.nope.shape
+    return up.on_gpu == "flash" and fits(num_tokens, nope, queries.rope.shape[-1], up.value.shape[1])
+
+
+def expand_latents(up: UpProjections, latents: Float[Array, "s w"]) -> KeysValues:
+    """Keys and values of every head, rounded to the latents' dtype."""
+    rank = up.key.shape[-1]
+    c, k_pe = latents[:, :rank], latents[:, rank:]
+    return KeysValues(
+        key=einsum_f32("sr,hnr->hsn", c, up.key).astype(c.dtype),
+        rope=k_pe,
+        value=einsum_f32("sr,hvr->hsv", c, up.value).astype(c.dtype),
+    )
+
+
+def scores_and_mix(queries: Queries, seen: KeysValues) -> ScoresAndMix:
+    """Of queries that meet these keys and values."""
+    scores = einsum_f32("thn,hsn->ths", queries.nope, seen.key) + einsum_f32("thp,sp->ths", queries.rope, seen.rope)
+    return scores, lambda p: einsum_f32("ths,hsv->thv", p, seen.value)
+
+
+def online_softmax(
+    meet: Callable[[Int32[Array, ""], Bool[Array, "t s"]], ScoresAndMix],
+    queries: Queries,
+    positions: Int32[Array, " t"],
+    *,
+    chunk_len: int,
+    num_chunks: Int32[Array, ""],
+    width: int,
+    scale: float,
+) -> Float[Array, "t h w"]:
+    """Attention to chunks in turn. `meet` has a chunk's number, and which query sees which of its slots; what nobody
+    sees must not be NaN, which a weight of 0 does not stop."""
+    num_tokens, num_heads = queries.nope.shape[:2]
+    dtype = queries.nope.dtype
+
+    def step(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        best, total, mixed = state
+        visible = i * chunk_len + jnp.arange(chunk_len) <= positions[:, None]
+        scores, mix = meet(i, visible)
+        scores = jnp.where(visible[:, None, :], scores * scale, -jnp.inf)
+        # Slot 0 is visible to every query, so `best` is finite from the first chunk on.
+        new_best = jnp.maximum(best, scores.max(axis=-1))
+        shrink = jnp.exp(best - new_best)
+        p = jnp.exp(scores - new_best[..., None])
+        return new_best, total * shrink + p.sum(axis=-1), mixed * shrink[..., None] + mix(p.astype(dtype))
+
+    start = (
+        jnp.full((num_tokens, num_heads), -jnp.inf, jnp.float32),
+        jnp.zeros((num_tokens, num_heads), jnp.float32),
+        jnp.zeros((num_tokens, num_heads, width), jnp.float32),
+    )
+    _, total, mixed = lax.fori_loop(0, num_chunks, step, start)
+    return (mixed / total[..., None]).astype(dtype)
 
 
 def _native_or_xla(
@@ -113,13 +184,13 @@ def _native_or_xla(
     *,
     scale: float,
 ) -> Float[Array, "t h v"]:
-    pages, pool = context.pages, up.pool
-    if pool is None or pages is None or queries.nope.dtype != jnp.bfloat16:
+    pages = context.pages
+    if pages is None or not is_native(up, queries.nope.dtype):
         return plain(queries, up, context, scale=scale)
 
     def native(queries: Queries, up: UpProjections) -> Array:
         operands = (queries.nope, queries.rope, up.key, up.value, pages.cache, pages.tables, context.positions)
-        return kernel(*operands, scale=scale, pool=pool)
+        return kernel(*operands, scale=scale, pool=up.pool)
 
     return lax.platform_dependent(queries, up, cpu=native, default=partial(plain, context=context, scale=scale))
 
@@ -127,16 +198,10 @@ def _native_or_xla(
 def _attend_decompressed_xla(
     queries: Queries, up: UpProjections, context: Context, *, scale: float
 ) -> Float[Array, "t h v"]:
-    rank = up.key.shape[-1]
+    def meet(index: Array, visible: Array) -> ScoresAndMix:
+        return scores_and_mix(queries, expand_latents(up, _without_unseen(context.chunk(index), visible)))
 
-    def scores_and_values(latents: Float[Array, "s w"]) -> ScoresAndMix:
-        c, k_pe = latents[:, :rank], latents[:, rank:]
-        k = einsum_f32("sr,hnr->shn", c, up.key).astype(c.dtype)
-        v = einsum_f32("sr,hvr->shv", c, up.value).astype(c.dtype)
-        scores = einsum_f32("thn,shn->ths", queries.nope, k) + einsum_f32("thp,sp->ths", queries.rope, k_pe)
-        return scores, lambda p: einsum_f32("ths,shv->thv", p, v)
-
-    return _online_softmax(scores_and_values, queries, context, width=up.value.shape[1], scale=scale)
+    return _over_chunks(meet, queries, context, width=up.value.shape[1], scale=scale)
 
 
 def _attend_decompressed_gpu(
@@ -156,23 +221,19 @@ def attend_decompressed_flash(
 ) -> Float[Array, "t h v"]:
     """As `attend_decompressed`, by the kernel for GPUs."""
     nope, rope = (jnp.swapaxes(each, 0, 1) for each in (queries.nope, queries.rope))
-    rank, run_len = up.key.shape[-1], RUN_CHUNKS * context.chunk_len
+    run_len = RUN_CHUNKS * context.chunk_len
 
     def meet(i: Array, seen: Softmax) -> Softmax:
         first = i * run_len
         latents = jnp.concatenate([context.chunk(i * RUN_CHUNKS + j) for j in range(RUN_CHUNKS)])
         visible = (first + jnp.arange(run_len)) <= context.positions[:, None]
-        latents = _without_unseen(latents, visible)
-        c, k_pe = latents[:, :rank], latents[:, rank:]
-        key = einsum_f32("sr,hnr->hsn", c, up.key).astype(c.dtype)
-        value = einsum_f32("sr,hvr->hsv", c, up.value).astype(c.dtype)
-        operands = (nope, rope, key, k_pe, value, context.positions, first)
+        run = expand_latents(up, _without_unseen(latents, visible))
+        operands = (nope, rope, run.key, run.rope, run.value, context.positions, first)
         return attend_run(seen, *operands, scale=scale, interpret=interpret)
 
     start = Softmax.empty(nope.shape[0], nope.shape[1], up.value.shape[1])
     num_runs = -(-context.num_chunks // RUN_CHUNKS)
-    seen = lax.fori_loop(0, num_runs, meet, start)
-    return jnp.swapaxes(seen.mixed / seen.total[..., None], 0, 1).astype(queries.nope.dtype)
+    return lax.fori_loop(0, num_runs, meet, start).result(queries.nope.dtype)
 
 
 def _attend_absorbed_xla(
@@ -182,39 +243,20 @@ def _attend_absorbed_xla(
     absorbed = einsum_f32("thn,hnr->thr", queries.nope, up.key).astype(queries.nope.dtype)
     query = jnp.concatenate([absorbed, queries.rope], axis=-1)
 
-    def scores_and_values(latents: Float[Array, "t s w"]) -> ScoresAndMix:
+    def meet(index: Array, visible: Array) -> ScoresAndMix:
+        latents = _without_unseen(context.chunk(index), visible)
         scores = einsum_f32("thw,tsw->ths", query, latents)
         return scores, lambda p: einsum_f32("ths,tsr->thr", p, latents[..., :rank])
 
-    mixed = _online_softmax(scores_and_values, queries, context, width=rank, scale=scale)
+    mixed = _over_chunks(meet, queries, context, width=rank, scale=scale)
     return einsum_f32("thr,hvr->thv", mixed, up.value).astype(mixed.dtype)
 
 
-def _online_softmax(
-    scores_and_values: Callable[[Array], ScoresAndMix], queries: Queries, context: Context, *, width: int, scale: float
+def _over_chunks(
+    meet: Callable[[Array, Array], ScoresAndMix], queries: Queries, context: Context, *, width: int, scale: float
 ) -> Float[Array, "t h w"]:
-    num_tokens, num_heads = queries.nope.shape[:2]
-    dtype = queries.nope.dtype
-
-    def step(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        best, total, mixed = state
-        slots = i * context.chunk_len + jnp.arange(context.chunk_len)
-        visible = slots <= context.positions[:, None]
-        scores, mix = scores_and_values(_without_unseen(context.chunk(i), visible))
-        scores = jnp.where(visible[:, None, :], scores * scale, -jnp.inf)
-        # Slot 0 is visible to every query, so `best` is finite from the first chunk on.
-        new_best = jnp.maximum(best, scores.max(axis=-1))
-        shrink = jnp.exp(best - new_best)
-        p = jnp.exp(scores - new_best[..., None])
-        return new_best, total * shrink + p.sum(axis=-1), mixed * shrink[..., None] + mix(p.astype(dtype))
-
-    start = (
-        jnp.full((num_tokens, num_heads), -jnp.inf, jnp.float32),
-        jnp.zeros((num_tokens, num_heads), jnp.float32),
-        jnp.zeros((num_tokens, num_heads, width), jnp.float32),
-    )
-    _, total, mixed = lax.fori_loop(0, context.num_chunks, step, start)
-    return (mixed / total[..., None]).astype(dtype)
+    sizes: dict[str, Any] = {"chunk_len": context.chunk_len, "num_chunks": context.num_chunks, "width": width}
+    return online_softmax(meet, queries, context.positions, **sizes, scale=scale)
 
 
 def _without_unseen(latents: Float[Array, "*t s w"], visible: Bool[Array, "t s"]) -> Float[Array, "*t s w"]:

@@ -114,9 +114,10 @@ def prefill_cost(
     pass_len: int,
     block_len: int = 1024,
     ahead_experts: int = 0,
+    expanded_len: int = 0,
 ) -> PrefillCost:
     """A streamed prompt in passes of at most `pass_len` tokens, which go through attention in blocks; `ahead_experts`
-    are copied while a layer's front is computed.
+    are copied while a layer's front is computed. Keys and values are made once, if there are at most `expanded_len`.
 
     A layer takes as long as its copies or its computation, whichever is longer; copies that have no room to run ahead
     wait for the front.
@@ -126,7 +127,8 @@ def prefill_cost(
     for context, tokens in pieces:
         used = config.num_experts * used_share(config, tokens)
         stored = max(config.num_moe_layers, 1) * used * expert_bytes(config) / 1e9
-        front = _front_s(config, rates, tokens, context, block_len=block_len)
+        is_kept = context + tokens <= expanded_len
+        front = _front_s(config, rates, tokens, context, block_len=block_len, is_kept=is_kept)
         routed = max(config.num_moe_layers, 1) * group_s(config, rates, tokens, used) / rates.num_devices
         copy = stored / rates.link_gbps / rates.num_devices
         beside_front = min(ahead_experts / used, 1.0) * copy
@@ -139,7 +141,8 @@ def prefill_cost(
 def in_place_s(config: ModelConfig, rates: Rates, num_tokens: int) -> float:
     """Seconds of a prompt, in one piece, whose experts the CPU computes where they lie: the two sides take turns."""
     one = replace(rates, num_devices=1)
-    return experts_s(config, rates, num_tokens) + _front_s(config, one, num_tokens, 0, block_len=num_tokens)
+    front = _front_s(config, one, num_tokens, 0, block_len=num_tokens, is_kept=False)
+    return experts_s(config, rates, num_tokens) + front
 
 
 def experts_s(config: ModelConfig, rates: Rates, num_tokens: float | int) -> float:
@@ -180,16 +183,30 @@ def tile_s(config: ModelConfig, rates: Rates, rows: float | int, experts: float 
     return flops / rates.grouped_tflops / 1e12 + experts * expert_bytes(config) / rates.unpack_gbps / 1e9
 
 
-def attention_s(config: ModelConfig, rates: Rates, tokens: float | int, context: float | int) -> float:
+def attention_s(
+    config: ModelConfig,
+    rates: Rates,
+    tokens: float | int,
+    context: float | int,
+    *,
+    num_expanded: float | int | None = None,
+) -> float:
     """Seconds of one device for a layer's attention of a block of `tokens` after `context` others.
 
-    Projections; keys and values of all that the block looks at, from latents; scores and their sums.
+    Projections; keys and values of `num_expanded` positions (None: of all that the block looks at); scores and their
+    sums.
     """
     projections = 2 * count_parameters(config).attention / config.num_layers * tokens
-    expanded = 2 * config.num_heads * (config.nope_dim + config.v_dim) * config.kv_rank * (context + tokens)
     pairs = tokens * context + tokens * (tokens + 1) / 2
     products = 2 * config.num_heads * (config.qk_dim + config.v_dim) * pairs
-    return projections / rates.linear_tflops / 1e12 + (expanded + products) / rates.attention_tflops / 1e12
+    expanding_s = expand_s(config, rates, context + tokens if num_expanded is None else num_expanded)
+    return projections / rates.linear_tflops / 1e12 + expanding_s + products / rates.attention_tflops / 1e12
+
+
+def expand_s(config: ModelConfig, rates: Rates, tokens: float | int) -> float:
+    """Seconds of one device for one layer's keys and values of so many positions, from latents."""
+    flops = 2 * config.num_heads * (config.nope_dim + config.v_dim) * config.kv_rank * tokens
+    return flops / rates.attention_tflops / 1e12
 
 
 def mlp_s(config: ModelConfig, rates: Rates, tokens: float | int, inner: int) -> float:
@@ -197,15 +214,17 @@ def mlp_s(config: ModelConfig, rates: Rates, tokens: float | int, inner: int) ->
     return 2 * tokens * 3 * config.hidden_size * inner / rates.linear_tflops / 1e12
 
 
-def _front_s(config: ModelConfig, rates: Rates, tokens: int, context: int, *, block_len: int) -> float:
-    """Of all layers but for the routed experts, in blocks whose tokens the devices divide. Routers are too small to
-    count, and so are collectives between devices."""
+def _front_s(config: ModelConfig, rates: Rates, tokens: int, context: int, *, block_len: int, is_kept: bool) -> float:
+    """Of all layers but for the routed experts, in blocks whose tokens the devices divide. Keys and values are made on
+    each device. Routers are too small to count, and so are collectives between devices."""
     own = tokens / rates.num_devices
     seconds = config.num_dense_layers * mlp_s(config, rates, own, config.dense_ffn)
     seconds += config.num_moe_layers * mlp_s(config, rates, own, config.num_shared_experts * config.expert_ffn)
+    seconds += config.num_layers * expand_s(config, rates, context if is_kept else 0)
     for begin, size in _pieces(tokens, block_len):
-        share = size / rates.num_devices
-        seconds += config.num_layers * attention_s(config, rates, share, context + begin + (size - share) / 2)
+        share, num_expanded = size / rates.num_devices, size if is_kept else None
+        before = context + begin + (size - share) / 2
+        seconds += config.num_layers * attention_s(config, rates, share, before, num_expanded=num_expanded)
     return seconds
 
 

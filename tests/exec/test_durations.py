@@ -16,17 +16,22 @@ from hmoe_jax.perf.machines import GPUS, sheet_rates
 DEEPSEEK_V3 = read_config(Path(__file__).parents[2] / "models" / "deepseek-v3")
 
 
+@pytest.mark.parametrize("is_kept", [False, True])
 @pytest.mark.parametrize("num_devices", [1, 2])
-def test_quanta_add_up_to_the_prompt(num_devices: int) -> None:
+def test_quanta_add_up_to_the_prompt(num_devices: int, is_kept: bool) -> None:
     config, length, block = DEEPSEEK_V3, 8192, 1024
     rates = sheet_rates("h100", num_gpus=num_devices, has_kernels=True)
     durations = Durations(config, rates)
     blocks = range(0, length, block)
     layers = {"dense": config.num_dense_layers, "front": config.num_moe_layers, "back": config.num_moe_layers}
-    front = sum(count * durations.block(name, block, first) for name, count in layers.items() for first in blocks)
+    front = sum(
+        count * durations.block(name, block, first, is_kept=is_kept)
+        for name, count in layers.items()
+        for first in blocks
+    )
     rows = length * config.top_k // config.num_experts
     tiles = config.num_moe_layers * 16 * durations.tile(rows, config.num_experts // num_devices // 16)
-    cost = prefill_cost(config, rates, length, pass_len=length)
+    cost = prefill_cost(config, rates, length, pass_len=length, expanded_len=length if is_kept else 0)
     assert front == pytest.approx(cost.front_s, rel=0.05)
     assert tiles < cost.experts_s < 1.5 * tiles  # which has uneven routing in it
 

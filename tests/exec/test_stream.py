@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from hmoe_jax.exec import copies, quantum
+from hmoe_jax.exec import open as opening
 from hmoe_jax.exec.batch import PrefillBatch, prefill_batch
 from hmoe_jax.exec.open import open_executor
 from hmoe_jax.exec.passes import TileShape
@@ -217,8 +218,9 @@ def test_two_gpus_get_collectives_and_no_cpu_kernels(tmp_path: Path, monkeypatch
         lowered[name.split("_", maxsplit=1)[0]] = program.lower(lowering_platforms=("cuda",)).as_text()
         return program
 
-    trace = QuantumPrograms._traced
+    trace, pools = QuantumPrograms._traced, opening._pools
     monkeypatch.setattr(QuantumPrograms, "_traced", traced)
+    monkeypatch.setattr(opening, "_pools", lambda *operands: (pools(*operands)[0], None))
     wishes = EngineOptions(prefill="stream", prefill_devices=2, max_num_seqs=1, max_model_len=100)
     executor, _ = open_executor(folder, wishes)
     try:
