@@ -286,7 +286,7 @@ def front(
     config: ModelConfig, layer: Layer, x: Float[Array, "t d"], tokens: Tokens, cache: Cache, attend: Attend[Cache]
 ) -> tuple[Seam, Cache]:
     """Attention and routing of an MoE layer."""
-    residual, cache = _attention_block(config, layer, x, tokens, cache, attend)
+    residual, cache = attention_block(config, layer, x, tokens, cache, attend)
     hidden = rms_norm(residual, layer.mlp_norm, config.norm_eps)
     with jax.named_scope("router"):
         pool = layer.mlp.shared.gate.pool
@@ -309,9 +309,31 @@ def back(
 def dense_layer(
     config: ModelConfig, layer: Layer, x: Float[Array, "t d"], tokens: Tokens, cache: Cache, attend: Attend[Cache]
 ) -> tuple[Float[Array, "t d"], Cache]:
-    residual, cache = _attention_block(config, layer, x, tokens, cache, attend)
+    residual, cache = attention_block(config, layer, x, tokens, cache, attend)
+    return dense_mlp(config, layer, residual), cache
+
+
+def dense_mlp(config: ModelConfig, layer: Layer, residual: Float[Array, "t d"]) -> Float[Array, "t d"]:
+    """What follows the attention of a dense layer."""
     with jax.named_scope("mlp"):
-        return _add(residual, mlp(layer.mlp, rms_norm(residual, layer.mlp_norm, config.norm_eps))), cache
+        return _add(residual, mlp(layer.mlp, rms_norm(residual, layer.mlp_norm, config.norm_eps)))
+
+
+def attention_block(
+    config: ModelConfig, layer: Layer, x: Float[Array, "t d"], tokens: Tokens, cache: Cache, attend: Attend[Cache]
+) -> tuple[Float[Array, "t d"], Cache]:
+    """The residual after a layer's attention."""
+    with jax.named_scope("attention"):
+        weights = layer.attention
+        hidden = rms_norm(x, layer.attention_norm, config.norm_eps)
+        angles = rotary_angles(config, tokens.positions)
+        mixed, cache = attend(
+            cache,
+            _queries(config, weights, hidden, angles),
+            weights.kv_b,
+            _latents(config, weights, hidden, angles),
+        )
+        return _add(x, linear(mixed.reshape(mixed.shape[0], -1), weights.o)), cache
 
 
 def mlp(weights: Mlp, x: Float[Array, "t d"]) -> Float32[Array, "t d"]:
@@ -342,22 +364,6 @@ def _split_kv_b(config: ModelConfig, kv_b: Projection, dtype: DTypeLike) -> UpPr
     weight = dequantize(kv_b.codec, kv_b.weight, kv_b.scale, dtype)
     by_head = weight.reshape(config.num_heads, config.nope_dim + config.v_dim, config.kv_rank)
     return UpProjections(key=by_head[:, : config.nope_dim], value=by_head[:, config.nope_dim :])
-
-
-def _attention_block(
-    config: ModelConfig, layer: Layer, x: Float[Array, "t d"], tokens: Tokens, cache: Cache, attend: Attend[Cache]
-) -> tuple[Float[Array, "t d"], Cache]:
-    with jax.named_scope("attention"):
-        weights = layer.attention
-        hidden = rms_norm(x, layer.attention_norm, config.norm_eps)
-        angles = rotary_angles(config, tokens.positions)
-        mixed, cache = attend(
-            cache,
-            _queries(config, weights, hidden, angles),
-            weights.kv_b,
-            _latents(config, weights, hidden, angles),
-        )
-        return _add(x, linear(mixed.reshape(mixed.shape[0], -1), weights.o)), cache
 
 
 def _queries(config: ModelConfig, weights: Attention, hidden: Float[Array, "t d"], angles: tuple) -> Queries:

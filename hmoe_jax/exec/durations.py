@@ -22,7 +22,8 @@ WAIT_S = 0.02
 KEPT = 0.8
 """Of what is known of a speed, when it is measured again."""
 
-BlockName = Literal["dense", "front", "back"]
+BlockName = Literal["attention", "mlp", "front", "back"]
+"""The two parts of a dense layer, and what comes before and after an MoE layer's routed experts."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,11 @@ class Durations:
     def block(self, name: BlockName, tokens: int, context: int, *, is_kept: bool) -> float:
         """A part of a layer, for `tokens` after `context` others, whose keys and values are kept or not."""
         config, own = self.config, -(-tokens // self.rates.num_devices)
-        if name == "back":
-            return mlp_s(config, self.rates, own, config.num_shared_experts * config.expert_ffn)
+        if name in ("mlp", "back"):
+            inner = config.dense_ffn if name == "mlp" else config.num_shared_experts * config.expert_ffn
+            return mlp_s(config, self.rates, own, inner)
         before, expanded = context + tokens - own, tokens if is_kept else None  # of the device with the longest
-        attention = attention_s(config, self.rates, own, before, num_expanded=expanded)
-        return attention + (mlp_s(config, self.rates, own, config.dense_ffn) if name == "dense" else 0.0)
+        return attention_s(config, self.rates, own, before, num_expanded=expanded)
 
     def expand(self, tokens: int) -> float:
         """Keys and values of so many positions of a layer."""

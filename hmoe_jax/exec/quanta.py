@@ -96,10 +96,10 @@ class QuantumPrograms:
 
         Layers of the same `kind` differ in nothing but their numbers: they share programs.
         """
-        function = {"dense": self._dense, "front": self._front, "back": self._back}[name]
+        functions = {"attention": self._attention, "mlp": self._mlp, "front": self._front, "back": self._back}
         key = (name, len(state.x), block_len, kind, cache.expanded is not None)
         operands = (layer, state, cache, batch, np.int32(first))
-        return self._run(_BLOCK, key, partial(function, block_len=block_len), *operands)
+        return self._run(_BLOCK, key, partial(functions[name], block_len=block_len), *operands)
 
     def expand(
         self, up: UpProjections, cache: PromptCache, batch: PrefillBatch, positions: Int32[np.ndarray, " s"]
@@ -167,14 +167,21 @@ class QuantumPrograms:
             routed=jnp.zeros(x.shape, jnp.float32),
         )
 
-    def _dense(
+    def _attention(
         self, layer: Layer, state: Pass, cache: PromptCache, batch: PrefillBatch, first: Array, *, block_len: int
     ) -> tuple[Pass, PromptCache]:
         begin, own = _own_rows(first, block_len)
         tokens = prefill_tokens(batch, begin, own)
-        x, cache = deepseek_v3.dense_layer(
+        x, cache = deepseek_v3.attention_block(
             self._config, layer, _rows(state.x, begin, own), tokens, cache, self._attend(batch, tokens)
         )
+        return replace(state, x=_set_rows(state.x, first, _gather(x))), cache
+
+    def _mlp(
+        self, layer: Layer, state: Pass, cache: PromptCache, batch: PrefillBatch, first: Array, *, block_len: int
+    ) -> tuple[Pass, PromptCache]:
+        begin, own = _own_rows(first, block_len)
+        x = deepseek_v3.dense_mlp(self._config, layer, _rows(state.x, begin, own))
         return replace(state, x=_set_rows(state.x, first, _gather(x))), cache
 
     def _front(

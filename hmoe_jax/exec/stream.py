@@ -226,7 +226,8 @@ class StreamExecutor(Executor):
             for index in range(self.config.num_layers):
                 yield from self._expand_context(index, prompt)
                 if index < self.config.num_dense_layers:
-                    state = yield from self._over_blocks("dense", index, state, prompt)
+                    state = yield from self._over_blocks("attention", index, state, prompt)
+                    state = yield from self._over_blocks("mlp", index, state, prompt)
                     continue
                 state = yield from self._over_blocks("front", index, state, prompt)
                 state, sorted_routes, ids = self.quantum_programs.sort(state)
@@ -415,7 +416,8 @@ class StreamExecutor(Executor):
         state = self.quantum_programs.begin(self._everywhere.embed, prompt.everywhere)
         forms = {prompt.keeps_expanded, self.stream.keeps(self.layout.max_len)}
         for index in {kind: index for index, kind in enumerate(self._kinds)}.values():
-            names: tuple[BlockName, ...] = ("dense",) if index < self.config.num_dense_layers else ("front", "back")
+            is_dense = index < self.config.num_dense_layers
+            names: tuple[BlockName, ...] = ("attention", "mlp") if is_dense else ("front", "back")
             for name, block_len, is_kept in itertools.product(names, prompt.block_lens, forms):
                 other = replace(prompt, block_lens=(block_len,), keeps_expanded=is_kept)
                 state = run_out(self._over_blocks(name, index, state, other))

@@ -14,7 +14,8 @@ from hmoe_jax.perf.cost import PrefillCost, Rates, prefill_cost, used_share
 @dataclass(frozen=True)
 class Cut:
     """Blocks of so many tokens, tiles of so many rows of one expert. `quantum_s` is the longest part, `cost` the whole
-    prompt's: every block makes keys and values of all its context, and every tile unpacks its expert."""
+    prompt's: every block makes keys and values of all its context, where these are not kept, and every tile unpacks
+    its expert."""
 
     block_len: int
     rows: int
@@ -33,7 +34,7 @@ def cuts(config: ModelConfig, rates: Rates, sizes: StreamSizes, length: int) -> 
 
 def _cut(config: ModelConfig, rates: Rates, sizes: StreamSizes, length: int, block_len: int) -> Cut:
     durations = Durations(config, rates)
-    block_s = durations.block("front", block_len, length - block_len) + rates.dispatch_s
+    block_s = durations.block("front", block_len, length - block_len, is_kept=sizes.keeps(length)) + rates.dispatch_s
     known = sorted({tile.rows for tile in sizes.tiles})
     rows = max([rows for rows in known if durations.tile(rows, 1) <= block_s] or known[:1])
     whole = prefill_cost(config, rates, length, **sizes.costs(1) | {"block_len": block_len})

@@ -8,7 +8,9 @@ from hmoe_jax.perf.picture import FAINT, INK, bars, new_figure, to_png
 from prefilling.timing import Round
 
 COLORS = {
-    "dense": "#6fb1a8",
+    "expand": "#b7a3c9",
+    "attention": "#6fb1a8",
+    "mlp": "#a9d1c6",
     "front": "#3b6ea5",
     "experts": "#e08a3c",
     "back": "#7f9cb8",

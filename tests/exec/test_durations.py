@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hmoe_jax.config import read_config
-from hmoe_jax.exec.durations import Durations, Pace
+from hmoe_jax.exec.durations import BlockName, Durations, Pace
 from hmoe_jax.exec.passes import stream_sizes
 from hmoe_jax.perf.cost import prefill_cost
 from hmoe_jax.perf.machines import GPUS, sheet_rates
@@ -23,7 +23,8 @@ def test_quanta_add_up_to_the_prompt(num_devices: int, is_kept: bool) -> None:
     rates = sheet_rates("h100", num_gpus=num_devices, has_kernels=True)
     durations = Durations(config, rates)
     blocks = range(0, length, block)
-    layers = {"dense": config.num_dense_layers, "front": config.num_moe_layers, "back": config.num_moe_layers}
+    dense, moe = config.num_dense_layers, config.num_moe_layers
+    layers: dict[BlockName, int] = {"attention": dense, "mlp": dense, "front": moe, "back": moe}
     front = sum(
         count * durations.block(name, block, first, is_kept=is_kept)
         for name, count in layers.items()

@@ -105,7 +105,7 @@ def test_programs_keep_to_the_bytes_that_the_plan_counts(tmp_path: Path) -> None
         config, programs = executor.config, executor.quantum_programs.compiled
         temporary = {key: program.memory_analysis().temp_size_in_bytes for key, program in programs.items()}
         for key, num_bytes in temporary.items():
-            if key[0] in ("front", "dense", "back"):
+            if key[0] in ("attention", "mlp", "front", "back"):
                 assert num_bytes <= block_bytes(config, executor.stream.block_len), key
             if key[0] == "group":
                 assert num_bytes <= tile_bytes(config, TileShape(key[2], key[3])), key

@@ -227,9 +227,9 @@ def test_two_gpus_get_collectives_and_no_cpu_kernels(tmp_path: Path, monkeypatch
         executor.run(prefill, prefill_batch([5] * 40, executor.layout, size=40, pages=[1]))
     finally:
         executor.close()
-    assert set(lowered) == {"begin", "dense", "front", "sort", "group", "back"}
+    assert set(lowered) == {"begin", "attention", "mlp", "front", "sort", "group", "back"}
     assert all("hmoe_" not in text and "mhlo.num_partitions = 2" in text for text in lowered.values())
-    for name in ("dense", "front", "back"):
+    for name in ("attention", "mlp", "front", "back"):
         assert "stablehlo.all_gather" in lowered[name]
     assert lowered["back"].count("stablehlo.reduce_scatter") == 1  # the one sum over the devices of a layer
     for name in ("sort", "group"):  # each for itself
