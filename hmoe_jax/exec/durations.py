@@ -54,9 +54,9 @@ class Durations:
         """So many experts to one device."""
         return group_size * expert_bytes(self.config) / self.rates.link_gbps / 1e9
 
-    def cancelling(self, sizes: StreamSizes, max_len: int) -> float:
+    def cancelling(self, sizes: StreamSizes) -> float:
         """The longest from when a prompt is cancelled until nothing of it runs: what has been started is finished."""
-        before, is_kept = max(max_len - sizes.block_len, 0), sizes.keeps(max_len)
+        before, is_kept = max(sizes.max_len - sizes.block_len, 0), sizes.keeps(sizes.max_len)
         block = self.block("front", sizes.block_len, before, is_kept=is_kept)
         computing = (MAX_RUNNING + 1) * max(block, *(self.tile(*shape) for shape in sizes.tiles))
         return WAIT_S + max(computing, MAX_COPYING * self.group_copy(sizes.group_size))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import jax
 
 from hmoe_jax.config import ModelConfig
+from hmoe_jax.kernels.flash_attention import KEYS
 from hmoe_jax.nn.attention import RUN_CHUNKS
 from hmoe_jax.perf.cost import Rates, expert_bytes
 from hmoe_jax.perf.machines import UNMEASURED_CPU
@@ -58,14 +60,15 @@ class StreamSizes:
 
     `group_size` experts of each device are copied together, `depth` such groups lie on it at most. A pass has at most
     `pass_len` tokens, of which `block_len` go through attention together; fewer, where a prompt `fills_gaps` of decode
-    steps. Programs are compiled for the `tiles`. Keys and values of a layer are kept for at most `expanded_len`
-    positions.
+    steps. Programs are compiled for the `tiles`. Keys and values of a layer are kept for at most `expanded_len` of the
+    `max_len` positions of a context.
     """
 
     group_size: int
     pass_len: int
     depth: int
     tiles: tuple[TileShape, ...]
+    max_len: int
     block_len: int = BLOCK_LEN
     variant: str = "batched"
     fills_gaps: bool = False
@@ -76,6 +79,11 @@ class StreamSizes:
         anew."""
         return num_positions <= self.expanded_len
 
+    @property
+    def expanded_lens(self) -> tuple[int, ...]:
+        """Positions before a prompt whose keys and values are made together, the longest first."""
+        return tuple(max(self.block_len // part, 1) for part in (1, 4, 16))
+
     def block_lens(self, num_tokens: int, num_devices: int) -> tuple[int, ...]:
         """For a prompt of so many tokens, the longest first: each divides the ones before it, the devices all."""
         longest = min(self.block_len, num_tokens)
@@ -85,7 +93,7 @@ class StreamSizes:
 
     def num_bytes(self, config: ModelConfig) -> int:
         """Of each device's memory, beside weights and caches: the most that streaming takes."""
-        work = max(group_bytes(config, self.group_size), block_bytes(config, self.block_len))
+        work = work_bytes(config, self.group_size, self.block_len, keeps_all=self.keeps(self.max_len))
         records = self.depth * self.group_size * expert_bytes(config)
         expanded = self.expanded_len * expanded_bytes(config)
         return work + records + expanded + self.pass_len * token_bytes(config)
@@ -139,18 +147,25 @@ def group_bytes(config: ModelConfig, group_size: int) -> int:
     return max(tile_bytes(config, tile) for tile in tile_shapes(group_size))
 
 
-def block_bytes(config: ModelConfig, block_len: int = BLOCK_LEN) -> int:
+def block_bytes(config: ModelConfig, block_len: int, *, keeps_all: bool) -> int:
     """Of a device's memory that `front`, `back` or a dense layer takes for a block of tokens.
 
-    The largest dense matrix in FP32 and as two BF16 numbers, and another one in the making; keys and values of a run of
-    the context, in FP32 and BF16; queries, keys and values of all heads in FP32 and BF16; scores of a chunk of the
-    context, twice in FP32 and once in BF16; the inner activations of an MLP; and the residual, its norm and its update.
+    The largest dense matrix in FP32 and as two BF16 numbers, and another one in the making; in FP32 and BF16 keys and
+    values of a run of the context, or, if all are kept, those that are added; queries, keys and values of all heads in
+    FP32 and BF16; scores of a chunk of the context, twice in FP32 and once in BF16; the inner activations of an MLP;
+    and the residual, its norm and its update.
     """
-    run = CHUNK_LEN * RUN_CHUNKS * config.num_heads * (config.nope_dim + config.v_dim) * (4 + 2)
+    num_expanded = block_len + 2 * KEYS if keeps_all else CHUNK_LEN * RUN_CHUNKS
+    run = num_expanded * config.num_heads * (config.nope_dim + config.v_dim) * (4 + 2)
     attention = config.num_heads * ((config.qk_dim + config.v_dim) * (4 + 2) + CHUNK_LEN * (4 + 4 + 2))
     inner = max(config.dense_ffn, config.num_shared_experts * config.expert_ffn) * (4 * 3 + 2)
     widest = max(config.num_heads * config.v_dim, config.dense_ffn, config.num_shared_experts * config.expert_ffn)
     return config.hidden_size * widest * 12 + run + block_len * (attention + inner + config.hidden_size * 4 * 4)
+
+
+def work_bytes(config: ModelConfig, group_size: int, block_len: int, *, keeps_all: bool) -> int:
+    """Of a device's memory for programs at work: blocks and groups are computed in turn."""
+    return max(group_bytes(config, group_size), block_bytes(config, block_len, keeps_all=keeps_all))
 
 
 def token_bytes(config: ModelConfig) -> int:
@@ -166,39 +181,46 @@ def expanded_bytes(config: ModelConfig) -> int:
 
 def stream_sizes(config: ModelConfig, num_devices: int, *, memory_bytes: int, max_len: int) -> StreamSizes:
     """Groups of which a few take a quarter of `memory_bytes` (per device), the longest passes, keys and values of as
-    many positions, then the deepest ring.
+    many positions, then the deepest ring. Blocks are shorter than `BLOCK_LEN` where only then all of these fit.
 
     Raises `ValueError` with the numbers if not even single experts and the shortest pass fit.
     """
-    per_device = -(-config.num_experts // num_devices)
+    longest = min(BLOCK_LEN, max_len)
+    fit = partial(_fit, config, num_devices, memory_bytes, max_len)
+    keeping = [fit(max(longest // part, 1), keeps_all=True) for part in (1, 2, 4)]
+    sizes = next((each for each in keeping if each.keeps(max_len)), fit(longest, keeps_all=False))
+    if sizes.pass_len < min(MIN_PASS, max_len):
+        needed = replace(sizes, pass_len=0, expanded_len=0).num_bytes(config)
+        raise ValueError(
+            f"streaming needs {needed:,} bytes of a device's memory for groups of {sizes.group_size} experts and "
+            f"{token_bytes(config):,} for each of {min(MIN_PASS, max_len)} tokens, but {memory_bytes:,} bytes are left "
+            "for it"
+        )
+    return sizes
+
+
+def _fit(
+    config: ModelConfig, num_devices: int, memory_bytes: int, max_len: int, block_len: int, *, keeps_all: bool
+) -> StreamSizes:
+    """With blocks of so many tokens. If nothing fits, no token does."""
+    per_device, record = -(-config.num_experts // num_devices), expert_bytes(config)
     group_size = max(1, min(MAX_GROUP, per_device // GROUPS_PER_LAYER))
-    record, block_len = expert_bytes(config), min(BLOCK_LEN, max_len)
-
-    def least_bytes(size: int) -> int:
-        """Beside the tokens of a pass. Blocks and groups are computed in turn."""
-        return max(group_bytes(config, size), block_bytes(config, block_len)) + MIN_DEPTH * size * record
-
     while group_size > 1 and group_bytes(config, group_size) + MIN_DEPTH * group_size * record > memory_bytes // 4:
         group_size //= 2
-    left = memory_bytes - least_bytes(group_size)
+    left = memory_bytes - work_bytes(config, group_size, block_len, keeps_all=keeps_all)
+    left = max(left - MIN_DEPTH * group_size * record, 0)
     pass_len = left // token_bytes(config)
     pass_len = min(pass_len // block_len * block_len if pass_len > block_len else pass_len, max_len)
-    if pass_len < min(MIN_PASS, max_len):
-        raise ValueError(
-            f"streaming needs {least_bytes(group_size):,} bytes of a device's memory for groups of {group_size} "
-            f"experts and {token_bytes(config):,} for each of {min(MIN_PASS, max_len)} tokens, but {memory_bytes:,} "
-            "bytes are left for it"
-        )
     left -= pass_len * token_bytes(config)
     most = MAX_ELEMENTS // (config.num_heads * max(config.nope_dim, config.v_dim)) - CHUNK_LEN
     expanded_len = min(left // expanded_bytes(config), max_len, most)
     left -= expanded_len * expanded_bytes(config)
-    depth = MIN_DEPTH + min(left // (group_size * record), -(-per_device // group_size))
     return StreamSizes(
         group_size=group_size,
         pass_len=pass_len,
-        depth=depth,
-        block_len=block_len,
+        depth=MIN_DEPTH + min(left // (group_size * record), -(-per_device // group_size)),
         tiles=tile_shapes(group_size),
+        max_len=max_len,
+        block_len=block_len,
         expanded_len=expanded_len,
     )

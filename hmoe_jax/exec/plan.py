@@ -387,7 +387,7 @@ def _plan_stream(
             return None
         least = shortest
         reasons["prefill"] = f"stream from {least} tokens on, by the rates of {rates.name}"
-    cancelling = Durations(config, rates).cancelling(sizes, layout.max_len)
+    cancelling = Durations(config, rates).cancelling(sizes)
     longest = prefill_cost(config, rates, layout.max_len, **costs)
     reasons["stream"] = (
         f"passes of at most {sizes.pass_len} tokens, experts in groups of {sizes.group_size} on each of "

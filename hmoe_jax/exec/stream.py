@@ -70,9 +70,6 @@ Part = Generator[Quantum, Room | None, Value]
 PAGES_S = 0.01
 """Pages are copied for about so long at a time, where others wait: of DeepSeek-V3 some dozen layers of 32K tokens."""
 
-EXPANDED_LENS = (1024, 256, 64)
-"""Positions before a prompt whose keys and values are made at a time."""
-
 LIKELY = 0.9
 """An expert is copied before its layer's router has chosen if it is at least so probable that some token chooses it."""
 
@@ -279,7 +276,7 @@ class StreamExecutor(Executor):
             return
         first = 0
         while first < prompt.start:
-            sizes = [(self._durations.expand(size), size) for size in EXPANDED_LENS]
+            sizes = [(self._durations.expand(size), size) for size in self.stream.expanded_lens]
             predicted_s, size = yield from self._chosen("expand", index, prompt, sizes)
             with self._watch("expand", size, predicted_s, prompt):
                 self._expand(index, prompt, first, size)
@@ -411,7 +408,7 @@ class StreamExecutor(Executor):
         prompt = self._prompt(self.empty_prefill(size))
         run_out(self._fetch_context(replace(prompt, start=1)))
         if prompt.keeps_expanded:
-            for num_positions in EXPANDED_LENS:
+            for num_positions in self.stream.expanded_lens:
                 self._expand(0, prompt, 0, num_positions)
         state = self.quantum_programs.begin(self._everywhere.embed, prompt.everywhere)
         forms = {prompt.keeps_expanded, self.stream.keeps(self.layout.max_len)}

@@ -196,11 +196,11 @@ def attention_s(
     Projections; keys and values of `num_expanded` positions (None: of all that the block looks at); scores and their
     sums.
     """
-    projections = 2 * count_parameters(config).attention / config.num_layers * tokens
+    projections_s = _linear_s(config, rates, count_parameters(config).attention / config.num_layers, tokens)
     pairs = tokens * context + tokens * (tokens + 1) / 2
     products = 2 * config.num_heads * (config.qk_dim + config.v_dim) * pairs
     expanding_s = expand_s(config, rates, context + tokens if num_expanded is None else num_expanded)
-    return projections / rates.linear_tflops / 1e12 + expanding_s + products / rates.attention_tflops / 1e12
+    return projections_s + expanding_s + products / rates.attention_tflops / 1e12
 
 
 def expand_s(config: ModelConfig, rates: Rates, tokens: float | int) -> float:
@@ -211,19 +211,26 @@ def expand_s(config: ModelConfig, rates: Rates, tokens: float | int) -> float:
 
 def mlp_s(config: ModelConfig, rates: Rates, tokens: float | int, inner: int) -> float:
     """Seconds of one device for an MLP that is not routed."""
-    return 2 * tokens * 3 * config.hidden_size * inner / rates.linear_tflops / 1e12
+    return _linear_s(config, rates, 3 * config.hidden_size * inner, tokens)
+
+
+def _linear_s(config: ModelConfig, rates: Rates, num_parameters: float | int, tokens: float | int) -> float:
+    """Of matrices with so many parameters, stored as those of the model on the average: read, or multiplied with."""
+    count = count_parameters(config)
+    read = resident_bytes(config, looked_up=True) * num_parameters / (count.active - count.chosen)
+    return max(read / rates.device_gbps / 1e9, 2 * num_parameters * tokens / rates.linear_tflops / 1e12)
 
 
 def _front_s(config: ModelConfig, rates: Rates, tokens: int, context: int, *, block_len: int, is_kept: bool) -> float:
     """Of all layers but for the routed experts, in blocks whose tokens the devices divide. Keys and values are made on
     each device. Routers are too small to count, and so are collectives between devices."""
-    own = tokens / rates.num_devices
-    seconds = config.num_dense_layers * mlp_s(config, rates, own, config.dense_ffn)
-    seconds += config.num_moe_layers * mlp_s(config, rates, own, config.num_shared_experts * config.expert_ffn)
-    seconds += config.num_layers * expand_s(config, rates, context if is_kept else 0)
+    shared_ffn = config.num_shared_experts * config.expert_ffn
+    seconds = config.num_layers * expand_s(config, rates, context if is_kept else 0)
     for begin, size in _pieces(tokens, block_len):
         share, num_expanded = size / rates.num_devices, size if is_kept else None
         before = context + begin + (size - share) / 2
+        seconds += config.num_dense_layers * mlp_s(config, rates, share, config.dense_ffn)
+        seconds += config.num_moe_layers * mlp_s(config, rates, share, shared_ffn)
         seconds += config.num_layers * attention_s(config, rates, share, before, num_expanded=num_expanded)
     return seconds
 
@@ -280,6 +287,7 @@ def expert_bytes(config: ModelConfig) -> int:
     return sum(_stored_bytes(spec.projection) for spec in itertools.islice(describe_experts(config), len(MATRICES)))
 
 
+@cache
 def resident_bytes(config: ModelConfig, *, looked_up: bool = False) -> int:
     """Of everything but the routed experts; `looked_up`: without the embedding, of which a step reads a row."""
     nodes = jax.tree.leaves(describe(config), is_leaf=lambda node: isinstance(node, Projection))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import jax
@@ -25,10 +25,16 @@ WAYS: dict[str, Callable[[Executor, DecodeBatch], Any]] = {
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of a whole step, and those of it in which routed experts were computed."""
+    """Seconds of a whole step, those of it in which routed experts were computed, and those in which the thread that
+    drives it was busy: with Python, and with starting programs."""
 
     seconds: float
     experts_s: float
+    host_s: float
+
+    @property
+    def host_share(self) -> float:
+        return self.host_s / self.seconds
 
 
 @dataclass(frozen=True)
@@ -84,10 +90,10 @@ def compare(executor: Executor, *, batch: int, context: int, num_rounds: int) ->
         inputs = decode_batch(rows(), executor.layout, size=batch, num_slots=executor.num_slots)
         stats = executor.expert_stats
         assert stats is not None
-        before, begin = stats().seconds, time.perf_counter()
+        before, begin, host = stats().seconds, time.perf_counter(), time.thread_time()
         jax.block_until_ready(WAYS[name](executor, inputs))
         executor.check_intact()
-        return Step(time.perf_counter() - begin, stats().seconds - before)
+        return Step(time.perf_counter() - begin, stats().seconds - before, time.thread_time() - host)
 
     for name in WAYS:
         step(name)  # compiles
@@ -96,4 +102,5 @@ def compare(executor: Executor, *, batch: int, context: int, num_rounds: int) ->
 
 
 def _median(steps: list[Step]) -> Step:
-    return Step(statistics.median(each.seconds for each in steps), statistics.median(each.experts_s for each in steps))
+    """Of each figure for itself."""
+    return Step(*(statistics.median(each) for each in zip(*map(astuple, steps), strict=True)))

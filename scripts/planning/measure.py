@@ -155,7 +155,7 @@ def _expert_tflops(bench: Bench) -> float:
 
 def _link_gbps(bench: Bench) -> float:
     """Records from the store to the device, by a copy lane."""
-    plan = StreamPlan(group_size=TOP_K, pass_len=ROWS, depth=MIN_DEPTH, tiles=(), devices=(bench.device,))
+    plan = StreamPlan(group_size=TOP_K, pass_len=ROWS, depth=MIN_DEPTH, tiles=(), max_len=ROWS, devices=(bench.device,))
     count = bench.store.shape.num_experts // TOP_K
     groups = guess(0, [range(count * TOP_K)], size=TOP_K, count=count)
     with closing(CopyLane(bench.store, bench.device, plan)) as lane:

@@ -44,7 +44,7 @@ def test_a_prompt_of_deepseek_v3_is_cancelled_in_a_tenth_of_a_second(gpu: str, p
     sheet = sheet_rates(gpu, has_kernels=True)
     slower = {name: part * getattr(sheet, name) for name in ("linear_tflops", "grouped_tflops", "attention_tflops")}
     rates = replace(sheet, **slower, unpack_gbps=part * sheet.unpack_gbps)
-    assert Durations(DEEPSEEK_V3, rates).cancelling(sizes, 32768) < 0.1
+    assert Durations(DEEPSEEK_V3, rates).cancelling(sizes) < 0.1
 
 
 def test_the_pace_is_what_was_measured_of_a_size_and_else_of_its_kind() -> None:

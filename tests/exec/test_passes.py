@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,7 @@ def test_deepseek_v3_on_a_large_device_keeps_most_of_a_layer_ahead() -> None:
     plan = stream_sizes(DEEPSEEK_V3, 1, memory_bytes=40 * GIB, max_len=32768)
     assert (plan.group_size, plan.pass_len) == (16, 32768)
     assert plan.depth >= 16
+    assert plan.keeps(32768)
     assert {tile.places for tile in plan.tiles} == {1, 4, 16}
 
 
@@ -79,7 +81,8 @@ def test_tiles_of_fewer_experts_are_longer(group_size: int) -> None:
 def test_blocks_of_any_lengths_cover_a_prompt(
     block_len: int, num_tokens: int, num_devices: int, fills_gaps: bool
 ) -> None:
-    sizes = StreamSizes(group_size=1, pass_len=1024, depth=3, tiles=(), block_len=block_len, fills_gaps=fills_gaps)
+    ring: dict[str, Any] = {"group_size": 1, "pass_len": 1024, "depth": 3, "tiles": (), "max_len": 1024}
+    sizes = StreamSizes(**ring, block_len=block_len, fills_gaps=fills_gaps)
     lens = sizes.block_lens(num_tokens, num_devices)
     assert all(longer % shorter == 0 for longer, shorter in itertools.pairwise(lens))
     assert all(each % num_devices == 0 for each in lens)
@@ -106,7 +109,7 @@ def test_programs_keep_to_the_bytes_that_the_plan_counts(tmp_path: Path) -> None
         temporary = {key: program.memory_analysis().temp_size_in_bytes for key, program in programs.items()}
         for key, num_bytes in temporary.items():
             if key[0] in ("attention", "mlp", "front", "back"):
-                assert num_bytes <= block_bytes(config, executor.stream.block_len), key
+                assert num_bytes <= block_bytes(config, executor.stream.block_len, keeps_all=key[-1]), key
             if key[0] == "group":
                 assert num_bytes <= tile_bytes(config, TileShape(key[2], key[3])), key
         largest = max(num_bytes for key, num_bytes in temporary.items() if key[0] == "group")

@@ -139,6 +139,8 @@ def test_no_bit_depends_on_the_parts_of_a_prompt(tmp_path: Path, name: str) -> N
             np.testing.assert_array_equal(logits(0, rooms), expected)
         for start in (page_size, LONG // page_size * page_size):  # what is before is in the cache
             np.testing.assert_array_equal(logits(start, itertools.repeat(None)), expected[start:])
+        executor.stream = replace(executor.stream, expanded_len=0)  # each block expands all that it looks at
+        np.testing.assert_array_equal(logits(0, itertools.repeat(None)), expected)
 
 
 @pytest.mark.parametrize("length", [1, 7])
@@ -170,9 +172,11 @@ def test_the_leanest_way_to_multiply_a_group(reference: Reference) -> None:
     check(reference, "kimi", length=150, variant="looped")
 
 
+@pytest.mark.parametrize("expanded_len", [0, 100, 180])
 @pytest.mark.parametrize(("piece", "block_len"), [(150, 500), (33, 32)])
-def test_passes_and_blocks_of_any_length(reference: Reference, piece: int, block_len: int) -> None:
-    check(reference, "halves", length=180, piece=piece, block_len=block_len)
+def test_passes_and_blocks_of_any_length(reference: Reference, piece: int, block_len: int, expanded_len: int) -> None:
+    """Keys and values are kept of no piece, of those that end early enough, or of all."""
+    check(reference, "halves", length=180, piece=piece, block_len=block_len, expanded_len=expanded_len)
 
 
 def test_scores_of_a_prompt_are_those_of_its_logits(reference: Reference) -> None:
