@@ -61,7 +61,7 @@ def _cells(each: Comparison) -> dict[str, str]:
         "ideal": f"{each.ideal:.2f}",
         "of ideal": f"{each.speedup / each.ideal:.0%}",
         "by the host ms": f"{each.loop_one.seconds * 1e3:.0f} -> {each.loop_two.seconds * 1e3:.0f}",
-        "its own": f"{each.loop_one.host_share:.1%} -> {each.loop_two.host_share:.1%}",
+        "host's share": f"{each.loop_one.host_share:.1%} -> {each.loop_two.host_share:.1%}",
     }
 
 

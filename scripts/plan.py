@@ -23,6 +23,7 @@ from hmoe_jax.perf.cost import (
     PrefillCost,
     Rates,
     decode_cost,
+    expanded_bytes,
     expert_bytes,
     prefill_cost,
     resident_bytes,
@@ -104,11 +105,13 @@ def _threshold(config: ModelConfig, rates: Rates, costs: dict[str, int]) -> str:
 def _memory(config: ModelConfig, memory_bytes: int, cache: int, sizes: StreamSizes) -> str:
     experts = config.num_moe_layers * config.num_experts * expert_bytes(config)
     records = sizes.depth * sizes.group_size * expert_bytes(config)
+    expanded = sizes.expanded_len * expanded_bytes(config)
     return (
         f"Host memory: {experts / 1e9:,.1f} GB of routed experts, as stored.\n"
         f"Each device ({memory_bytes / 1e9:,.0f} GB): {resident_bytes(config) / 1e9:,.1f} GB of other weights, "
         f"{cache / 1e9:,.2f} GB of cache for the longest prompt, {records / 1e9:,.1f} GB for {sizes.depth} groups of "
-        f"{sizes.group_size} experts; passes of at most {sizes.pass_len:,} tokens."
+        f"{sizes.group_size} experts, {expanded / 1e9:,.1f} GB for a layer's keys and values of {sizes.expanded_len:,} "
+        f"tokens; passes of at most {sizes.pass_len:,} tokens."
     )
 
 

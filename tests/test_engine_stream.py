@@ -121,7 +121,7 @@ def test_prompts_in_the_gaps_of_decode_steps_change_no_token_and_compile_nothing
 ) -> None:
     """Gaps of a tiny model are shorter than any part of a prompt: steps may be late."""
     wishes: dict[str, Any] = {"executor": "overlap", "expert_cpus": "1", "max_decode_slowdown": 100.0}
-    with Engine(folder, prefill="stream", **OPTIONS, **wishes) as engine:
+    with Engine(folder, prefill="stream", microbatches=1, **OPTIONS, **wishes) as engine:
         (alone,) = engine.generate([ids(40)], greedy(60), use_tqdm=False)
         server, filled, num_compiled = engine._loop.server, [], len(compilations)
         fill = server._fill
@@ -144,6 +144,13 @@ def test_prompts_in_the_gaps_of_decode_steps_change_no_token_and_compile_nothing
         assert len(activity.prompt) >= filled.count(True)
         assert activity.copies
         assert {span.name for span in activity.experts} == {"A"}
+        engine.add_request("decoding", ids(40), greedy(60))
+        while "decoding" not in outputs_of_steps(engine, 1):
+            pass
+        engine.add_request("later", [*ids(350, seed=1)[:200], *ids(150, seed=2)], greedy(1))
+        found = finish(engine)["later"].metrics
+        assert found is not None
+        assert found.num_cached_tokens >= 128
         assert compilations[num_compiled:] == []
         assert_idle(engine)
 

@@ -6,11 +6,8 @@
 namespace hmoe {
 namespace {
 
-// From row to row of keys: a cache line more than a chunk, since rows 2 KB apart share two sets of the L1.
-constexpr int64_t kStride = kMlaChunk + 16;
-
 // Tiles of the transpose of rows [count, cols]: as MlaKernels::interleave with rows and columns exchanged.
-// Plain code: it moves pairs, and what it prepares is multiplied many times.
+// Plain code, which moves pairs: what it prepares is multiplied with all positions of a call.
 void InterleaveTransposed(const uint16_t* rows, int64_t stride, int64_t count, int64_t depth,
                           int64_t num_panels, int64_t panel, uint16_t* tiles) {
   for (int64_t k = 0; k < depth; k += 2) {
@@ -54,7 +51,7 @@ MlaExpansion::Workspace MlaExpansion::TakeWorkspace() const {
   space.padded = scratch.Take<uint16_t>(kPanel * widths_.rank);
   std::fill_n(space.padded, kPanel * widths_.rank, uint16_t{0});
   space.value_tiles = scratch.Take<uint16_t>(widths_.rank * widths_.value);
-  space.expanded = scratch.Take<float>(std::max(widths_.nope * kStride, kMlaChunk * widths_.value));
+  space.expanded = scratch.Take<float>(std::max(widths_.nope * kMlaStride, kMlaChunk * widths_.value));
   return space;
 }
 
@@ -107,9 +104,9 @@ void MlaExpansion::Expand(const Latents& latents, const Workspace& space, const 
   const int64_t num_panels = latents.num_panels, offset = latents.first_panel * kTile;
   constexpr int64_t kSlab = kMlaChunkPanels * kTile;  // kDepth rows of keys, of all positions
   kernels_.product(space.key, widths_.rank, widths_.nope, latents.rank_tiles, num_panels * kTile, num_panels,
-                   widths_.rank, space.expanded, kStride, kPanel);
+                   widths_.rank, space.expanded, kMlaStride, kPanel);
   for (int64_t k = 0; k < widths_.nope; k += kDepth)
-    kernels_.interleave_rounded(space.expanded + k * kStride, kStride, kDepth, num_panels,
+    kernels_.interleave_rounded(space.expanded + k * kMlaStride, kMlaStride, kDepth, num_panels,
                                 to.keys + k / kDepth * kSlab + offset);
   uint16_t* rope = to.keys + widths_.nope / kDepth * kSlab + offset;
   for (int64_t k = 0; k < widths_.rope; k += kDepth)

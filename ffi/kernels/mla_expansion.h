@@ -17,6 +17,10 @@ namespace hmoe {
 inline constexpr int64_t kMlaChunk = 512;
 inline constexpr int64_t kMlaChunkPanels = kMlaChunk / kPanel;
 
+// From row to row of floats that are as wide as a chunk: a cache line more, since rows 2 KB apart share two
+// sets of the L1.
+inline constexpr int64_t kMlaStride = kMlaChunk + 16;
+
 // Of a chunk, keys and values of one head. What is behind the last expanded position is zero up to a multiple
 // of kDepth positions.
 struct MlaChunk {

@@ -12,9 +12,8 @@
 namespace hmoe {
 namespace {
 
-// From row to row of what is as wide as a chunk: a cache line more, since rows 2 KB apart share two sets of
-// the L1.
-constexpr int64_t kFloatStride = kMlaChunk + 16, kHalfStride = kMlaChunk + 32;
+// As kMlaStride, of bfloat16.
+constexpr int64_t kHalfStride = kMlaChunk + 32;
 
 // Queries that are multiplied together at most: the rows of two tiles.
 constexpr int64_t kQueries = 32;
@@ -65,7 +64,7 @@ Workspace Attention::TakeWorkspace() const {
   Scratch& scratch = session_.scratch();
   Workspace space;
   space.queries = scratch.Take<uint16_t>(tokens_ * (widths_.nope + widths_.rope));
-  space.scores = scratch.Take<float>(kQueries * kFloatStride);
+  space.scores = scratch.Take<float>(kQueries * kMlaStride);
   space.p = scratch.Take<uint16_t>(kQueries * kHalfStride);
   space.mixed = scratch.Take<float>((tokens_ + kQueries) * widths_.value);
   space.best = scratch.Take<float>(tokens_);
@@ -109,15 +108,15 @@ void Attention::MeetQueries(int64_t index, const MlaChunk& chunk, int64_t first,
   if (most == 0) return;
   const int64_t depth = RoundUp(most, kDepth), width = widths_.nope + widths_.rope;
   kernels_.product(space.queries + first * width, width, rows, chunk.keys, kMlaChunkPanels * kTile,
-                   depth / kPanel, width, space.scores, kFloatStride, kPanel);
+                   depth / kPanel, width, space.scores, kMlaStride, kPanel);
   float best[kQueries], total[kQueries];
   for (int64_t i = 0; i < rows; ++i) {
     uint16_t* p = space.p + i * kHalfStride;
     if (visible[i] == 0) {
       std::fill_n(p, depth, uint16_t{0});
     } else {
-      kernels_.softmax_row(space.scores + i * kFloatStride, visible[i], depth, args_.scale, best + i,
-                           total + i, p);
+      kernels_.softmax_row(space.scores + i * kMlaStride, visible[i], depth, args_.scale, best + i, total + i,
+                           p);
     }
   }
   float* mixed = space.mixed + tokens_ * widths_.value;

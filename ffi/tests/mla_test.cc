@@ -6,6 +6,7 @@
 
 #include "kernels/isa.h"
 #include "kernels/mla_attention.h"
+#include "kernels/mla_expansion.h"
 #include "kernels/mla_prefill.h"
 #include "tests/check.h"
 #include "tests/random_matrix.h"
@@ -36,13 +37,36 @@ struct Case {
   std::vector<uint16_t> Run(Kernel kernel, const Isa& isa, int threads) const {
     const auto pool = ThreadPool::Create(threads).value();
     std::vector<uint16_t> out(static_cast<size_t>(args.tokens * args.heads * args.value_dim));
-    MlaAttentionArgs given = args;
-    given.nope = nope.data(), given.rope = rope.data(), given.key = key.data(), given.value = value.data();
-    given.cache = cache.data(), given.tables = tables.data(), given.positions = positions.data();
-    given.out = out.data();
-    const Status status = kernel(*pool, *isa.mla, given);
+    const Status status = kernel(*pool, *isa.mla, Given(positions, out));
     CHECK(status.ok());
     return out;
+  }
+
+  // The context in pieces of `piece` positions, then attention of all tokens to it.
+  std::vector<uint16_t> RunExpanded(const Isa& isa, int threads, int32_t piece) const {
+    const auto pool = ThreadPool::Create(threads).value();
+    const int32_t length = positions.back() + 1;
+    const int64_t num_chunks = CeilDiv(length, kMlaChunk);
+    std::vector<uint16_t> words(static_cast<size_t>(args.heads * num_chunks * MlaWidths(args).words()),
+                                0x7fc1);
+    const MlaExpanded expanded{words.data(), num_chunks};
+    std::vector<uint16_t> out(static_cast<size_t>(args.tokens * args.heads * args.value_dim));
+    for (int32_t begin = 0; begin < length; begin += piece) {
+      const std::vector<int32_t> ends{begin, std::min(begin + piece, length) - 1};
+      MlaAttentionArgs given = Given(ends, out);
+      given.tokens = 2;
+      CHECK(MlaExpand(*pool, *isa.mla, given, expanded).ok());
+    }
+    CHECK(MlaAttendExpanded(*pool, *isa.mla, Given(positions, out), expanded).ok());
+    return out;
+  }
+
+  MlaAttentionArgs Given(const std::vector<int32_t>& where, std::vector<uint16_t>& out) const {
+    MlaAttentionArgs given = args;
+    given.nope = nope.data(), given.rope = rope.data(), given.key = key.data(), given.value = value.data();
+    given.cache = cache.data(), given.tables = tables.data(), given.positions = where.data();
+    given.out = out.data();
+    return given;
   }
 
   MlaAttentionArgs args;
@@ -73,6 +97,11 @@ void CheckThreadsDoNotChangeTheBits(const Isa& isa, const Case& c) {
     CHECK(c.Run(kernel, isa, 1) == c.Run(kernel, isa, 3));
 }
 
+void CheckKeptKeysAndValuesGiveTheSameBits(const Isa& isa, const Case& c) {
+  const auto anew = c.Run(MlaPrefill, isa, 1);
+  for (const int32_t piece : {1000000, 512, 77}) CHECK(c.RunExpanded(isa, 2, piece) == anew);
+}
+
 }  // namespace
 }  // namespace hmoe
 
@@ -83,6 +112,7 @@ int main() {
     for (const Case& c : {Case(1, 0, 3), Case(17, 4, 5), Case(3, 510, 64), Case(2, 8300, 64)}) {
       CheckBothFormsAgree(isa, c);
       CheckThreadsDoNotChangeTheBits(isa, c);
+      CheckKeptKeysAndValuesGiveTheSameBits(isa, c);
     }
   }
   return test::failures;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.exec.passes import StreamSizes
@@ -57,8 +57,9 @@ class Durations:
     def cancelling(self, sizes: StreamSizes) -> float:
         """The longest from when a prompt is cancelled until nothing of it runs: what has been started is finished."""
         before, is_kept = max(sizes.max_len - sizes.block_len, 0), sizes.keeps(sizes.max_len)
-        block = self.block("front", sizes.block_len, before, is_kept=is_kept)
-        computing = (MAX_RUNNING + 1) * max(block, *(self.tile(*shape) for shape in sizes.tiles))
+        blocks = [self.block(name, sizes.block_len, before, is_kept=is_kept) for name in get_args(BlockName)]
+        expanding = self.expand(sizes.expanded_lens[0])
+        computing = (MAX_RUNNING + 1) * max(*blocks, expanding, *(self.tile(*shape) for shape in sizes.tiles))
         return WAIT_S + max(computing, MAX_COPYING * self.group_copy(sizes.group_size))
 
 

@@ -20,6 +20,7 @@ from hmoe_jax.architectures.deepseek_v3 import Flow, Layer, Seam, Weights, throu
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.core import AnyArray
 from hmoe_jax.exec.batch import DecodeBatch
+from hmoe_jax.exec.copies import aligned
 from hmoe_jax.exec.durations import averaged
 from hmoe_jax.exec.state import LiveState
 from hmoe_jax.exec.step import StepOutput, decode_attention, decode_tokens, in_parts, layer_kinds
@@ -56,8 +57,9 @@ class HostLoop:
         whole, parts = jax.device_put((batch, in_parts(batch, num_parts)), self._device)
         size, num_rows = len(batch.tokens) // num_parts, int(batch.valid.sum())
         job_s = self._job_s.get((num_rows, num_parts), 0.0)
-        # A part's result is read by its next `front`, and that has ended before the part's next job is submitted.
-        outs = [np.empty((size, self._config.hidden_size), np.float32) for _ in parts]
+        # Programs read them in place: a part's next `front`, which has ended before the part's next job is submitted;
+        # in the end `tail`, perhaps while the next step begins, which has others.
+        outs = [aligned((size, 4 * self._config.hidden_size)).view(np.float32) for _ in parts]
         experts = _ExpertsOnLane(self._lane, outs, meanwhile, job_s=job_s)
         flows = [self._flow(part, rows, experts) for part, rows in enumerate(parts)]
         busy_s = self._lane.busy_s

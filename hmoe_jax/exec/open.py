@@ -42,7 +42,7 @@ def open_executor(
     with ExitStack() as owned, open_checkpoint(folder) as checkpoint, jax.default_device(plan.device):
         check_checkpoint(config, checkpoint)
         guard = FileGuard(checkpoint)
-        pool, device_pool = _pools(plan, owned)
+        pool, device_pool = _pools(plan, owned, platform=plan.device.platform)
         is_mapped = pool is not None and fused.maps_experts(plan.residency, pool)
         num_bytes = bytes_to_read(config, checkpoint, maps_experts=is_mapped)
         with byte_progress(num_bytes, label="loading") as advance:
@@ -65,12 +65,14 @@ def open_executor(
     return executor, plan
 
 
-def _pools(plan: Plan, owned: ExitStack) -> tuple[ThreadPool | None, ThreadPool | None]:
+def _pools(plan: Plan, owned: ExitStack, *, platform: str) -> tuple[ThreadPool | None, ThreadPool | None]:
     """The threads that compute routed experts, and those that compute for the CPU platform's device: one and the same,
-    unless both compute at once."""
+    unless both compute at once. No others compute for a GPU."""
     if plan.executor == "graph":
         return None, None
     experts = owned.enter_context(ThreadPool(plan.num_threads, isa=plan.isa, topology=plan.expert_cpus))
+    if platform != "cpu":
+        return experts, None
     if plan.executor == "fused":
         return experts, experts
     return experts, owned.enter_context(ThreadPool(1, isa=plan.isa))

@@ -12,16 +12,14 @@ import jax
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.kernels.flash_attention import KEYS
 from hmoe_jax.nn.attention import RUN_CHUNKS
-from hmoe_jax.perf.cost import Rates, expert_bytes
+from hmoe_jax.nn.expanded import CHUNK_LEN
+from hmoe_jax.perf.cost import Rates, expanded_bytes, expert_bytes
 from hmoe_jax.perf.machines import UNMEASURED_CPU
 
 MIN_DEPTH = 3
 """Groups on a device: one is computed, one is copied, and one waits, so that neither side waits for the host.
 
 With more of them copies go on while a layer's attention is computed."""
-
-CHUNK_LEN = 256
-"""Positions of the context that attention looks at together: 300 KB of latents, which stay in the L2 cache."""
 
 BLOCK_LEN = 1024
 """Tokens that go through attention together."""
@@ -92,7 +90,7 @@ class StreamSizes:
         return tuple(shortest * parts[-1] // part for part in parts)
 
     def num_bytes(self, config: ModelConfig) -> int:
-        """Of each device's memory, beside weights and caches: the most that streaming takes."""
+        """Of each GPU's memory, beside weights and caches: the most that streaming takes."""
         work = work_bytes(config, self.group_size, self.block_len, keeps_all=self.keeps(self.max_len))
         records = self.depth * self.group_size * expert_bytes(config)
         expanded = self.expanded_len * expanded_bytes(config)
@@ -171,12 +169,6 @@ def work_bytes(config: ModelConfig, group_size: int, block_len: int, *, keeps_al
 def token_bytes(config: ModelConfig) -> int:
     """Of a device's memory for each token of a pass: `x` and `hidden` in BF16, the sums in FP32, the routes."""
     return config.hidden_size * (2 + 2 + 4) + config.top_k * 4 * 6
-
-
-def expanded_bytes(config: ModelConfig) -> int:
-    """Of a device's memory for keys and values of a position of one layer, which are kept while a prompt goes through
-    it. (The native kernels of the CPU platform hold the rotated part for each head.)"""
-    return 2 * (config.num_heads * (config.nope_dim + config.v_dim) + config.rope_dim)
 
 
 def stream_sizes(config: ModelConfig, num_devices: int, *, memory_bytes: int, max_len: int) -> StreamSizes:

@@ -14,11 +14,12 @@ from hmoe_jax.config import ModelConfig
 from hmoe_jax.exec import host_memory
 from hmoe_jax.exec.buckets import Buckets
 from hmoe_jax.exec.durations import Durations
-from hmoe_jax.exec.passes import CHUNK_LEN, MIN_PASS, StreamPlan, stream_sizes
+from hmoe_jax.exec.passes import MIN_PASS, StreamPlan, stream_sizes
 from hmoe_jax.experts.store import PlannedResidency
 from hmoe_jax.kernels.pool import available_isas, resolve_num_threads
 from hmoe_jax.kv.pages import CacheLayout
 from hmoe_jax.nn.attention import GpuAttention
+from hmoe_jax.nn.expanded import CHUNK_LEN
 from hmoe_jax.nn.linear import GpuProducts
 from hmoe_jax.perf.cost import Rates, gains_by_parts, held_bytes, prefill_cost, streams_from
 from hmoe_jax.perf.machines import UNMEASURED_CPU, expected_rates

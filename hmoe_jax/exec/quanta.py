@@ -40,7 +40,7 @@ DIVIDED = PartitionSpec(AXIS)
 @record
 @dataclass(frozen=True)
 class Pass:
-    """The activations of a pass. `x` is a block's residual between its `front` and its `back`.
+    """The activations of a pass. `x` is a block's residual between the two parts of a layer.
 
     `routed` is what each device's own experts have given so far, one device after the other.
     """
@@ -62,7 +62,8 @@ class _Form:
 
 _PASS = unchecked(Pass, x=EVERYWHERE, hidden=EVERYWHERE, ids=EVERYWHERE, weights=EVERYWHERE, routed=DIVIDED)
 _BEGIN = _Form(_PASS)
-_BLOCK = _Form((_PASS, EVERYWHERE), donated=(1, 2))
+_ATTENDING = _Form((_PASS, EVERYWHERE), donated=(1, 2))
+_AFTER = _Form(_PASS, donated=(1,))
 _EXPAND = _Form(EVERYWHERE, donated=(1,))
 _SORT = _Form((_PASS, EVERYWHERE, EVERYWHERE), donated=(0,))
 _GROUP = _Form(DIVIDED, donated=(0,))
@@ -80,7 +81,7 @@ class QuantumPrograms:
         """The embedded tokens."""
         return self._run(_BEGIN, ("begin", len(batch.tokens)), self._begin, embed, batch)
 
-    def block(
+    def attending(
         self,
         name: BlockName,
         layer: Layer,
@@ -92,14 +93,20 @@ class QuantumPrograms:
         block_len: int,
         kind: str,
     ) -> tuple[Pass, PromptCache]:
-        """A part of a layer for the tokens `first .. first + block_len - 1`, and its cache with what they leave there.
+        """The part of a layer with its attention ("attention" or "front"), for the tokens `first .. first + block_len -
+        1`, and its cache with what they leave there.
 
         Layers of the same `kind` differ in nothing but their numbers: they share programs.
         """
-        functions = {"attention": self._attention, "mlp": self._mlp, "front": self._front, "back": self._back}
+        function = {"attention": self._attention, "front": self._front}[name]
         key = (name, len(state.x), block_len, kind, cache.expanded is not None)
         operands = (layer, state, cache, batch, np.int32(first))
-        return self._run(_BLOCK, key, partial(functions[name], block_len=block_len), *operands)
+        return self._run(_ATTENDING, key, partial(function, block_len=block_len), *operands)
+
+    def after(self, name: BlockName, layer: Layer, state: Pass, *, first: int, block_len: int, kind: str) -> Pass:
+        """The part after it ("mlp", or "back" after the experts), for such tokens."""
+        function, key = {"mlp": self._mlp, "back": self._back}[name], (name, len(state.x), block_len, kind)
+        return self._run(_AFTER, key, partial(function, block_len=block_len), layer, state, np.int32(first))
 
     def expand(
         self, up: UpProjections, cache: PromptCache, batch: PrefillBatch, positions: Int32[np.ndarray, " s"]
@@ -177,12 +184,10 @@ class QuantumPrograms:
         )
         return replace(state, x=_set_rows(state.x, first, _gather(x))), cache
 
-    def _mlp(
-        self, layer: Layer, state: Pass, cache: PromptCache, batch: PrefillBatch, first: Array, *, block_len: int
-    ) -> tuple[Pass, PromptCache]:
+    def _mlp(self, layer: Layer, state: Pass, first: Array, *, block_len: int) -> Pass:
         begin, own = _own_rows(first, block_len)
         x = deepseek_v3.dense_mlp(self._config, layer, _rows(state.x, begin, own))
-        return replace(state, x=_set_rows(state.x, first, _gather(x))), cache
+        return replace(state, x=_set_rows(state.x, first, _gather(x)))
 
     def _front(
         self, layer: Layer, state: Pass, cache: PromptCache, batch: PrefillBatch, first: Array, *, block_len: int
@@ -227,14 +232,12 @@ class QuantumPrograms:
         chosen = group_rows(routes, experts, first, capacity=rows, num_tokens=hidden.shape[0])
         return VARIANTS[self._variant](routed, hidden, chosen, self._records.unpack(stack))
 
-    def _back(
-        self, layer: Layer, state: Pass, cache: PromptCache, batch: PrefillBatch, first: Array, *, block_len: int
-    ) -> tuple[Pass, PromptCache]:
+    def _back(self, layer: Layer, state: Pass, first: Array, *, block_len: int) -> Pass:
         begin, own = _own_rows(first, block_len)
         residual, hidden = _rows(state.x, begin, own), _rows(state.hidden, begin, own)
         routed = lax.psum_scatter(_rows(state.routed, first, block_len), AXIS, scatter_dimension=0, tiled=True)
         x = deepseek_v3.back(residual, deepseek_v3.shared_experts(layer, hidden), routed)
-        return replace(state, x=_set_rows(state.x, first, _gather(x))), cache
+        return replace(state, x=_set_rows(state.x, first, _gather(x)))
 
     def _attend(self, batch: PrefillBatch, tokens: Tokens) -> Attend[PromptCache]:
         return block_attention(self._config, self._layout, batch, tokens, gather=_gather)

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 Choice = TypeVar("Choice")
 
 WORTH_CUTTING = 0.6
-"""A part that does not fit is cut shorter if that takes at most so much of its time. Blocks of few tokens make keys and
-values of all the context like long ones: they take nearly as long, and there are more of them."""
+"""A part that does not fit is cut shorter if that takes at most so much of its time. Blocks of few tokens read the same
+weights, keys and values as long ones: they may take nearly as long, and there are more of them."""
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ class StepOutput:
 @record
 @dataclass(frozen=True)
 class PromptCache:
-    """Of a layer, for a prompt that is computed in blocks: its latents, and where they are kept what was expanded of
-    the sequence's up to now."""
+    """Of a layer, for a prompt that is computed in blocks: the cache of latents, and keys and values that were expanded
+    from the sequence's up to now, where these are kept."""
 
     latents: UInt[AnyArray, "pages slots w"]
     expanded: Expanded | None = None

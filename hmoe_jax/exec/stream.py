@@ -128,7 +128,8 @@ class StreamExecutor(Executor):
         """By the places of this process's devices in the mesh."""
         self._everywhere = jax.tree.map(self._replicate, replace(weights, norm=None, head=None))
         self._kinds = layer_kinds(weights)
-        self._mirrors, self._expanded = self._copy_caches(), self._allocate_expanded()
+        self._blank = self._compiled_blank()
+        self._mirrors, self._expanded = self._copy_caches(), self._blank()
         self.quantum_programs = QuantumPrograms(config, self.layout, self._records, self._mesh, variant=stream.variant)
         self._running: deque[Array] = deque()
         self._tails: dict[tuple[str, int], Callable[..., Any]] = {}
@@ -261,7 +262,7 @@ class StreamExecutor(Executor):
         for array in jax.tree.leaves((self._mirrors, self._expanded)):
             array.delete()
         super().reset()
-        self._mirrors, self._expanded = self._copy_caches(), self._allocate_expanded()
+        self._mirrors, self._expanded = self._copy_caches(), self._blank()
 
     def close(self) -> None:
         for lane in self.lanes.values():
@@ -298,10 +299,14 @@ class StreamExecutor(Executor):
                 if first + size <= len(prompt.everywhere.tokens)
             ]
             predicted_s, size = yield from self._chosen(name, index, prompt, blocks)
-            operands = (layer, state, self._cache(index, prompt), prompt.everywhere)
+            block: dict[str, Any] = {"first": first, "block_len": size, "kind": kind}
             with self._watch(name, size, predicted_s, prompt):
-                state, cache = self.quantum_programs.block(name, *operands, first=first, block_len=size, kind=kind)
-                self._set_cache(index, cache)
+                if name in ("mlp", "back"):
+                    state = self.quantum_programs.after(name, layer, state, **block)
+                else:
+                    operands = (layer, state, self._cache(index, prompt), prompt.everywhere)
+                    state, cache = self.quantum_programs.attending(name, *operands, **block)
+                    self._set_cache(index, cache)
             prompt.room = yield Quantum(name, index, self.config.num_layers, predicted_s)
             first += size
         return state
@@ -463,14 +468,14 @@ class StreamExecutor(Executor):
         """The caches of the other devices. Decoding writes to the first one's alone."""
         return [[jax.device_put(cache, device) for device in self._others] for cache in self._state.caches]
 
-    def _allocate_expanded(self) -> Expanded | None:
-        """Keys and values of a layer, on each device, if there is room for some."""
+    def _compiled_blank(self) -> Callable[[], Expanded | None]:
+        """Gives room for keys and values of a layer, on each device, if there shall be some."""
         if self.stream.expanded_len == 0:
-            return None
+            return lambda: None
         up, dtype = self._everywhere.layers[0].attention.kv_b, self._everywhere.embed.dtype
         sizes = {"rope_dim": self.config.rope_dim, "num_positions": self.stream.expanded_len}
         everywhere = NamedSharding(self._mesh, EVERYWHERE)
-        return jax.jit(partial(allocate, up, **sizes, dtype=dtype), out_shardings=everywhere)()
+        return jax.jit(partial(allocate, up, **sizes, dtype=dtype), out_shardings=everywhere).lower().compile()
 
     def _cache(self, index: int, prompt: _Prompt) -> PromptCache:
         latents = self._join(self._own(self._state.caches[index]) + self._mirrors[index])

@@ -18,7 +18,8 @@ jax.ffi.register_ffi_target("hmoe_mla_attend_expanded", _native.mla_attend_expan
 
 def expanded_shape(*, heads: int, nope: int, rope: int, value: int, positions: int) -> tuple[int, int, int]:
     """(heads, chunks, words) of the array of `uint16` that holds a layer's keys and values of so many positions, in the
-    layout of the kernels: 2 * (n + p + v) bytes for each head and position, with widths padded to 32, in chunks of 512.
+    layout of the kernels: 2 * (n + p + v) bytes for each head and position, `n` and `p` padded to 32 and `v` to 16, in
+    chunks of 512.
     """
     return _native.mla_expanded_shape(heads, nope, rope, value, positions)
 

@@ -30,7 +30,9 @@ from hmoe_jax.nn.attention import (
 )
 
 CHUNK_LEN = 256
-"""Positions that XLA's form attends to together, and in multiples of which there is room."""
+"""Positions of the context that XLA's programs attend to together: 300 KB of latents, which stay in the L2 cache. There
+is room for whole chunks of keys and values, which are whole steps of the kernel for GPUs."""
+assert CHUNK_LEN % KEYS == 0
 
 Expanded = KeysValues | UInt16[Array, "h c words"]
 """The second form is that of the native kernels (`kernels.mla_expanded`)."""

@@ -194,19 +194,27 @@ def attention_s(
     """Seconds of one device for a layer's attention of a block of `tokens` after `context` others.
 
     Projections; keys and values of `num_expanded` positions (None: of all that the block looks at); scores and their
-    sums.
+    sums, for which all keys and values are read once.
     """
     projections_s = _linear_s(config, rates, count_parameters(config).attention / config.num_layers, tokens)
     pairs = tokens * context + tokens * (tokens + 1) / 2
     products = 2 * config.num_heads * (config.qk_dim + config.v_dim) * pairs
     expanding_s = expand_s(config, rates, context + tokens if num_expanded is None else num_expanded)
-    return projections_s + expanding_s + products / rates.attention_tflops / 1e12
+    read = (context + tokens) * expanded_bytes(config)
+    attending_s = max(products / rates.attention_tflops / 1e12, read / rates.device_gbps / 1e9)
+    return projections_s + expanding_s + attending_s
 
 
 def expand_s(config: ModelConfig, rates: Rates, tokens: float | int) -> float:
     """Seconds of one device for one layer's keys and values of so many positions, from latents."""
     flops = 2 * config.num_heads * (config.nope_dim + config.v_dim) * config.kv_rank * tokens
     return flops / rates.attention_tflops / 1e12
+
+
+def expanded_bytes(config: ModelConfig) -> int:
+    """Of a device's memory for keys and values of a position of one layer, in BF16. (The native kernels of the CPU
+    platform hold the rotated part for each head, of DeepSeek-V3 a quarter more.)"""
+    return 2 * (config.num_heads * (config.nope_dim + config.v_dim) + config.rope_dim)
 
 
 def mlp_s(config: ModelConfig, rates: Rates, tokens: float | int, inner: int) -> float:

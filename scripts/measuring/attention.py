@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from hmoe_jax.kv.pages import read_chunk
 from hmoe_jax.nn.attention import (
@@ -18,6 +20,7 @@ from hmoe_jax.nn.attention import (
     attend_absorbed,
     attend_decompressed,
 )
+from hmoe_jax.nn.expanded import Expanded, allocate, attend_expanded, expand
 from measuring.timing import Effort, median_seconds
 
 NOPE, ROPE, VALUE, RANK = 128, 64, 128, 512
@@ -57,6 +60,31 @@ def attention_call(
         return attend_decompressed(queries, up, context, scale=0.1)
 
     return lambda: attend(queries, up, cache)
+
+
+def kept_call(
+    *, heads: int, block_len: int, context_len: int, pool: int | None = None, on_gpu: GpuAttention = "xla"
+) -> Callable[[], jax.Array]:
+    """The same block, where keys and values of all that is before it are kept: it adds its own, and attends."""
+    queries, up, cache = _operands(block_len, heads, context_len // PAGE, pool=pool, on_gpu=on_gpu)
+    pages = Pages(cache, jnp.arange(context_len // PAGE, dtype=jnp.int32))
+
+    @partial(jax.jit, donate_argnums=2)
+    def step(queries: Queries, up: UpProjections, kept: Expanded, pages: Pages, first: int) -> tuple[Array, Expanded]:
+        positions = first + jnp.arange(block_len, dtype=jnp.int32)
+        kept = expand(up, kept, pages, positions)
+        return attend_expanded(queries, up, kept, positions, scale=0.1), kept
+
+    kept = allocate(up, rope_dim=ROPE, num_positions=context_len, dtype=jnp.bfloat16)
+    for first in range(0, context_len, block_len):
+        _, kept = step(queries, up, kept, pages, first)
+
+    def call() -> Array:
+        nonlocal kept
+        out, kept = step(queries, up, kept, pages, context_len - block_len)
+        return out
+
+    return call
 
 
 def decode_tflops(*, effort: Effort, **case: Any) -> float:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
-from measuring.attention import attention_call, attention_tflops
+from measuring.attention import attention_call, attention_tflops, kept_call
 from measuring.experts import measure_variants, random_store, variant_errors
 from measuring.timing import Effort, median_seconds
 
@@ -125,19 +125,25 @@ def grouped(device: jax.Device, scale: Scale) -> Figures:
 
 
 def attention(device: jax.Device, scale: Scale) -> Figures:
-    """The last block of prompts: decompressed attention to the whole context, by XLA and by the kernel for GPUs."""
+    """The last block of prompts: decompressed attention to the whole context, by XLA and by the kernel for GPUs, and to
+    keys and values that are kept."""
     sizes = {"heads": scale.heads, "block_len": scale.block_len}
     figures: Figures = {}
     for length in scale.contexts:
         case = {**sizes, "context_len": length}
         figures[f"xla_{length}_tflops"] = attention_tflops(**case, effort=scale.effort)
-        if device.platform == "cpu":
-            continue
-        figures[f"flash_{length}_tflops"] = attention_tflops(**case, on_gpu="flash", effort=scale.effort)
-        expected, actual = (np.asarray(attention_call(**case, on_gpu=way)(), np.float32) for way in ("xla", "flash"))
-        figures[f"flash_{length}_error"] = float(np.abs(actual - expected).max() / np.abs(expected).max())
-        if not figures[f"flash_{length}_error"] < MOST_DISAGREEMENT:
-            raise ValueError(f"the kernel's attention is off by {figures[f'flash_{length}_error']:.3g}")
+        expected = np.asarray(attention_call(**case)(), np.float32)
+        ways: dict[str, Callable[[], Any]] = {"kept": kept_call(**case)}
+        if device.platform != "cpu":
+            figures[f"flash_{length}_tflops"] = attention_tflops(**case, on_gpu="flash", effort=scale.effort)
+            ways["flash"] = attention_call(**case, on_gpu="flash")
+            ways["flash_kept"] = kept_call(**case, on_gpu="flash")
+        for way, call in ways.items():
+            actual = np.asarray(call(), np.float32)
+            figures[f"{way}_{length}_ms"] = 1e3 * _timed(scale, call)
+            figures[f"{way}_{length}_error"] = float(np.abs(actual - expected).max() / np.abs(expected).max())
+            if not figures[f"{way}_{length}_error"] < MOST_DISAGREEMENT:
+                raise ValueError(f"attention ({way}) is off by {figures[f'{way}_{length}_error']:.3g}")
     return figures
 
 

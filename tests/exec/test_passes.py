@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,22 @@ def test_smaller_devices_get_smaller_groups_then_shorter_passes() -> None:
     assert plans[-1].group_size < plans[0].group_size
     for plan, size in zip(plans, sizes, strict=True):
         assert plan.num_bytes(DEEPSEEK_V3) <= size * GIB
+
+
+def test_blocks_are_shorter_where_only_then_all_keys_and_values_are_kept() -> None:
+    """As on an RTX 5090, whose 32 GB hold little beside the other weights."""
+    memory = (20.0, 6.7, 6.4, 6.0)
+    sizes = [stream_sizes(DEEPSEEK_V3, 1, memory_bytes=int(size * 1e9), max_len=32768) for size in memory]
+    assert [each.pass_len for each in sizes] == [32768] * 4
+    assert [each.block_len for each in sizes] == [1024, 512, 256, 1024]
+    assert [each.keeps(32768) for each in sizes] == [True, True, True, False]
+    assert 0 < sizes[-1].expanded_len < 32768
+
+
+def test_a_gpu_counts_keys_in_32_bits() -> None:
+    plan = stream_sizes(DEEPSEEK_V3, 1, memory_bytes=200 * GIB, max_len=163840)
+    assert plan.pass_len == 163840
+    assert 2**17 - 512 <= plan.expanded_len < 2**31 // (128 * 128)
 
 
 def test_too_little_memory_is_refused_with_the_numbers() -> None:
@@ -109,11 +126,15 @@ def test_programs_keep_to_the_bytes_that_the_plan_counts(tmp_path: Path) -> None
         temporary = {key: program.memory_analysis().temp_size_in_bytes for key, program in programs.items()}
         for key, num_bytes in temporary.items():
             if key[0] in ("attention", "mlp", "front", "back"):
-                assert num_bytes <= block_bytes(config, executor.stream.block_len, keeps_all=key[-1]), key
+                assert num_bytes <= block_bytes(config, executor.stream.block_len, keeps_all=key[-1] is True), key
             if key[0] == "group":
                 assert num_bytes <= tile_bytes(config, TileShape(key[2], key[3])), key
         largest = max(num_bytes for key, num_bytes in temporary.items() if key[0] == "group")
         assert largest > tile_bytes(config, tiles[-1]) / 4
+        for key, program in programs.items():
+            if key[0] in ("attention", "front", "expand"):  # they write keys and values in place
+                assert program.memory_analysis().alias_size_in_bytes >= executor._expanded.nbytes, key
+                assert not re.search(r"u16\[\d+,\d+,\d{4,}\]\S* copy\(", program.as_text()), key
         begin = programs["begin", size].memory_analysis()
         sort = programs["sort", size].memory_analysis()
         ids = size * config.top_k * 4

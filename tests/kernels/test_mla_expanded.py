@@ -69,10 +69,23 @@ def test_threads_do_not_change_the_bits(isa: str) -> None:
         np.testing.assert_array_equal(*each)
 
 
-def test_other_positions_stay_as_they_are(pool: ThreadPool) -> None:
+@pytest.mark.parametrize(("begin", "end", "num_written"), [(64, 96, 32), (70, 80, 32), (90, 97, 64), (511, 513, 64)])
+def test_only_positions_that_share_a_step_of_32_are_written(
+    pool: ThreadPool, begin: int, end: int, num_written: int
+) -> None:
     case = CASES["over chunks"]
-    before = np.asarray(expand(case, blank(case, 1100), range(1100), pool))
-    np.testing.assert_array_equal(expand(case, jnp.asarray(before), range(690, 704), pool), before)
+    expanded = np.asarray(expand(case, blank(case, 1100), range(begin, end), pool))
+    words = expanded.shape[2] // 512  # of a position of a head
+    np.testing.assert_array_equal((expanded != GARBAGE).sum(axis=(1, 2)), num_written * words)
+
+
+def test_what_shares_a_step_with_new_positions_keeps_its_bits_before_and_is_zero_behind(pool: ThreadPool) -> None:
+    case = CASES["over chunks"]
+    whole = np.asarray(expand(case, blank(case, 1100), range(1100), pool))
+    again = np.asarray(expand(case, jnp.asarray(whole), range(700, 702), pool))
+    changed = again != whole
+    assert 0 < changed.sum() <= 2 * case.key.shape[0] * (704 - 702) * whole.shape[2] // 512
+    assert not again[changed].any()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hmoe_jax.config import read_config
 from hmoe_jax.perf.cost import (
     Rates,
+    attention_s,
     decode_cost,
     expert_bytes,
     gains_by_parts,
@@ -19,6 +20,7 @@ from hmoe_jax.perf.cost import (
     resident_bytes,
     used_share,
 )
+from hmoe_jax.perf.sizes import count_parameters
 
 DEEPSEEK_V3 = read_config(Path(__file__).parents[2] / "models" / "deepseek-v3")
 FAST = Rates(
@@ -42,6 +44,28 @@ def test_sizes_are_those_of_the_published_files() -> None:
     assert resident_bytes(DEEPSEEK_V3) == pytest.approx(19.1e9, rel=0.01)
     embedding = 2 * 129280 * 7168
     assert resident_bytes(DEEPSEEK_V3) - resident_bytes(DEEPSEEK_V3, looked_up=True) == embedding
+
+
+def test_a_block_takes_at_least_as_long_as_what_it_reads() -> None:
+    """Few tokens: their projections' weights, and keys and values of the context."""
+    fast = replace(FAST, linear_tflops=1e6, attention_tflops=1e6)
+    count = count_parameters(DEEPSEEK_V3)
+    share = count.attention / 61 / (count.active - count.chosen)
+    weights = share * resident_bytes(DEEPSEEK_V3, looked_up=True)
+    kept = 2 * (128 * (128 + 128) + 64)
+    for tokens in (1, 16, 128):
+        read_s = (weights + kept * (30000 + tokens)) / FAST.device_gbps / 1e9
+        assert attention_s(DEEPSEEK_V3, fast, tokens, 30000, num_expanded=tokens) == pytest.approx(read_s, rel=0.01)
+
+
+def test_kept_keys_and_values_are_made_once() -> None:
+    """In passes of 4,096 tokens: each makes those before it once, and its own."""
+    slow = replace(FAST, attention_tflops=1.0, link_gbps=1e6, linear_tflops=1e6, grouped_tflops=1e6, unpack_gbps=1e9)
+    sizes = {"pass_len": 4096, "block_len": 512}
+    anew, kept = (prefill_cost(DEEPSEEK_V3, slow, 8192, **sizes, expanded_len=each).front_s for each in (0, 8192))
+    flops = 2 * 128 * 256 * 512
+    made_anew, made_once = sum(range(512, 8193, 512)), 4096 + 8192
+    assert anew - kept == pytest.approx(61 * flops * (made_anew - made_once) / 1e12, rel=0.01)
 
 
 def test_a_middling_prompt_takes_as_long_as_its_experts_cross_the_link() -> None:
