@@ -305,6 +305,8 @@ class Server:
                 self._append(sequence, sampled, 0)
 
     def _decode(self, sequences: tuple[Sequence, ...]) -> None:
+        # Rows are dealt out to parts in turn: in this order each part looks back at about as much.
+        sequences = tuple(sorted(sequences, key=lambda each: each.num_computed))
         self._at_work = sequences
         draws = [each.draws_next for each in sequences]
         rows = [

@@ -29,7 +29,8 @@ PART_S = 0.01
 
 
 class FakeExecutor:
-    """`on[stage]` is called with the slots at work, before each "admit", "part", "decode", "reset" and "intact"."""
+    """`on[stage]` is called with the slots at work, before each "admit", "begin", "part", "decode", "reset" and
+    "intact"."""
 
     def __init__(
         self,
@@ -61,6 +62,7 @@ class FakeExecutor:
 
     def prefill(self, batch: PrefillBatch, *, scored: bool = False) -> Quanta:
         slot, start, length = int(batch.slot), int(batch.start), int(batch.length)
+        self._enter("begin", [slot])
         elsewhere = {"has_begun": False, "is_elsewhere": True} if self._is_apart else {}
         room = yield Quantum("begin", 0, NUM_PARTS, 0.0, **{"has_begun": False} | elsewhere)
         self.num_open_prompts += 1

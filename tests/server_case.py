@@ -13,7 +13,7 @@ from hmoe_jax.server import Server
 from hmoe_jax.turns import Turns
 from tests.fake_executor import MAX_LEN, NUM_SLOTS, FakeExecutor, solo_run
 
-STAGES = ["admit", "part", "decode"]
+STAGES = ["admit", "begin", "part", "decode"]
 
 
 class Case:
@@ -23,7 +23,7 @@ class Case:
         """`beside` decoding: the fake executor's `gap_s` and `is_apart`."""
         self.now_s = 100.0
         self.executor = FakeExecutor(
-            seconds=lambda stage: self.pass_time(0.0 if stage == "intact" else step_s),
+            seconds=lambda stage: self.pass_time(0.0 if stage in ("begin", "intact") else step_s),
             idles=self.pass_time,
             **beside,
         )

@@ -184,6 +184,8 @@ def test_metrics_count_what_was_served(engine: Engine) -> None:
     assert (num_routed.sum(axis=1) == (80 + 20) * config.top_k).all()
     assert (after.num_running, after.num_waiting, after.num_free_pages) == (0, 0, after.num_pages)
     assert 1 <= after.tokens_per_step <= NUM_SLOTS
+    assert after.queue.num - before.queue.num == 4
+    assert after.num_kept_pages <= after.num_free_pages
     assert after.ttft.quantile_s(0.5) <= after.e2e.quantile_s(0.5)
 
 

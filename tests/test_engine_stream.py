@@ -149,6 +149,8 @@ def test_prompts_in_the_gaps_of_decode_steps_change_no_token_and_compile_nothing
             pass
         engine.add_request("later", [*ids(350, seed=1)[:200], *ids(150, seed=2)], greedy(1))
         found = finish(engine)["later"].metrics
+        assert engine.metrics().expert_bytes > 0
+        assert engine.metrics().expert_gbps > 0
         assert found is not None
         assert found.num_cached_tokens >= 128
         assert compilations[num_compiled:] == []

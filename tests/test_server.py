@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from hmoe_jax.core import CheckpointError, EngineDeadError, QueueFullError
+from hmoe_jax.exec.batch import DecodeBatch
+from hmoe_jax.exec.step import StepOutput
 from hmoe_jax.request import Request, Sequence
-from tests.fake_executor import NUM_SLOTS, PART_S, solo_run
+from tests.fake_executor import MAX_LEN, NUM_SLOTS, PAGE_SIZE, PART_S, solo_run
 from tests.server_case import STAGES, Case, assert_right, fail_once
 
 # --- what goes well ---
@@ -108,6 +111,52 @@ def test_thousands_of_tiny_requests_are_served() -> None:
     requests = [case.submit(1 + i % 3, 1 + i % 2) for i in range(2000)]
     case.run(most_steps=20_000)
     assert_right(*requests)
+
+
+def test_one_huge_request_among_tiny_ones_fills_the_cache_and_harms_nobody() -> None:
+    case = Case()
+    tiny = [case.submit(1, 1 + i % 3) for i in range(20)]
+    huge = case.submit(MAX_LEN - 20, 20, n=3)  # three times ten pages, of sixteen
+    more = [case.submit(2, 2) for _ in range(20)]
+    case.run()
+    assert_right(*tiny, huge, *more)
+    assert case.scheduler.num_preemptions > 0
+
+
+def test_a_prompt_that_can_never_fit_is_refused_and_others_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case()
+    small = replace(case.executor.layout, num_pages=1 + 12 // PAGE_SIZE)
+    monkeypatch.setattr(case.scheduler, "_layout", small)
+    good = case.submit(9, 3)
+    with pytest.raises(ValueError, match="may come to 13 tokens, but the cache holds 12"):
+        case.submit(9, 4)
+    case.run()
+    assert_right(good)
+
+
+def test_an_idle_server_notices_a_lost_page() -> None:
+    case = Case()
+    case.submit(3)
+    case.run()
+    case.scheduler._pool._free.pop()
+    with pytest.raises(AssertionError, match="pages lost or shared"):
+        case.server.step()
+
+
+def test_rows_are_dealt_out_so_that_parts_look_back_at_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, seen = Case(), []
+    step = case.executor.step
+
+    def watched(batch: DecodeBatch, **others: Any) -> StepOutput:
+        seen.append([int(position) for position in batch.positions[batch.valid]])
+        return step(batch, **others)
+
+    monkeypatch.setattr(case.executor, "step", watched)
+    requests = [case.submit(length, 12) for length in (11, 2, 7, 3)]
+    case.run()
+    assert_right(*requests)
+    assert any(len(positions) == 4 for positions in seen)
+    assert all(positions == sorted(positions) for positions in seen)
 
 
 # --- what ends early ---

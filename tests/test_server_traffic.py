@@ -28,6 +28,7 @@ class ServerMachine(RuleBasedStateMachine):
         self.requests: list[Request] = []
         self.aborted: set[Request] = set()
         self.num_failures: Counter[Sequence] = Counter()
+        self.reasons: dict[Sequence, str] = {}
 
     @rule(
         shared=st.integers(0, 12),
@@ -79,6 +80,12 @@ class ServerMachine(RuleBasedStateMachine):
         self.case.run(most_steps=20_000)
         for request in self.requests:
             assert request.is_finished
+        num_finished = self.case.server.meters.num_finished.values()
+        assert sum(num_finished) == sum(len(request.sequences) for request in self.requests)
+
+    def teardown(self) -> None:
+        if hasattr(self, "case"):
+            self.run_until_nothing_is_left()
 
     @invariant()
     def every_token_is_right_and_every_page_is_somewhere(self) -> None:
@@ -90,6 +97,8 @@ class ServerMachine(RuleBasedStateMachine):
                 whole = solo_run(one.prompt_ids, seed=one.seed, max_tokens=len(one.token_ids))
                 assert one.token_ids == whole
                 assert (one.finish_reason is None) == (one in self.case.server._requests or not one.arrival >= 0)
+                if one.finish_reason is not None:
+                    assert self.reasons.setdefault(one, one.finish_reason) == one.finish_reason
                 assert one.finish_reason != "error" or self.num_failures[one] > 1
                 assert one.finish_reason != "abort" or request in self.aborted
                 assert one.finish_reason != "timeout" or one.terms.deadline_ns is not None

@@ -94,6 +94,12 @@ def test_an_overlapped_plan_says_which_batches_are_split() -> None:
     by_rates = plan(**wishes)
     assert by_rates.executor == "overlap"
     assert by_rates.reasons["microbatches"].endswith(f"by the rates of {CPU.rates.name}")
+    quick = dict.fromkeys(("expert_tflops", "device_gbps", "decode_linear_tflops", "decode_attention_tflops"), 1e6)
+    # Each part reads the experts that it chose, and nothing else counts; then both sides take half as long for a half.
+    reads = replace(CPU.rates, **quick, dispatch_s=0.0)
+    multiplies = replace(reads, expert_gbps=1e6, expert_tflops=1e-3, decode_linear_tflops=1e-3)
+    for rates, sizes in ((reads, ()), (multiplies, (4, 16))):
+        assert plan(**wishes, hardware=replace(CPU, rates=rates)).split_sizes == sizes
     assert plan(**wishes, microbatches=2).split_sizes == (4, 16)
     assert plan(**wishes, microbatches=1).split_sizes == ()
     assert plan(executor="fused").split_sizes == ()
