@@ -23,11 +23,9 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int32
 
-from hmoe_jax.architectures import deepseek_v3
 from hmoe_jax.architectures.deepseek_v3 import Weights
 from hmoe_jax.config import ModelConfig
 from hmoe_jax.exec.activity import Activity
@@ -46,21 +44,16 @@ from hmoe_jax.exec.quanta import DIVIDED, EVERYWHERE, Pass, QuantumPrograms
 from hmoe_jax.exec.quantum import NOWHERE, Quanta, Quantum, Room, run_out
 from hmoe_jax.exec.step import (
     PromptCache,
-    StepOutput,
     layer_kinds,
     prefill,
-    prefill_logits,
     prefill_scored,
-    sample_row,
-    score,
 )
+from hmoe_jax.exec.tails import TAILS
 from hmoe_jax.kernels.grouped.routes import SortedRoutes
 from hmoe_jax.kv.pages import copy_pages
 from hmoe_jax.nn.expanded import Expanded, allocate
-from hmoe_jax.nn.norm import rms_norm
 from hmoe_jax.perf.cost import prefill_cost, used_share
 from hmoe_jax.perf.lanes import Recorder, Span
-from hmoe_jax.sampling import SamplerState
 
 Value = TypeVar("Value")
 Size = TypeVar("Size", bound=Hashable)
@@ -275,9 +268,8 @@ class StreamExecutor(Executor):
         """Keys and values of what the prompt looks back at, where they are kept; blocks add their own."""
         if not prompt.keeps_expanded:
             return
-        first = 0
+        first, sizes = 0, [(self._durations.expand(size), size) for size in self.stream.expanded_lens]
         while first < prompt.start:
-            sizes = [(self._durations.expand(size), size) for size in self.stream.expanded_lens]
             predicted_s, size = yield from self._chosen("expand", index, prompt, sizes)
             with self._watch("expand", size, predicted_s, prompt):
                 self._expand(index, prompt, first, size)
@@ -401,7 +393,7 @@ class StreamExecutor(Executor):
         operands = (replace(self._weights, layers=()), self._state.sampler, batch, x, routes)
         key = (function.__name__, len(batch.tokens))
         if key not in self._tails:
-            tail = partial(_TAILS[function], self.config)
+            tail = partial(TAILS[function], self.config)
             self._tails[key] = jax.jit(tail, donate_argnums=1).lower(*operands).compile()
         output, self._state.sampler = self._tails[key](*operands)
         return output
@@ -493,32 +485,3 @@ class StreamExecutor(Executor):
 def _here(array: Array) -> Array:
     """The copy of this process's first device."""
     return array.addressable_data(0)
-
-
-def _sampled(
-    config: ModelConfig, weights: Weights, sampler: SamplerState, batch: PrefillBatch, x: Array, routes: list[Array]
-) -> tuple[StepOutput, SamplerState]:
-    last = lax.dynamic_slice_in_dim(x, batch.length - 1, 1)
-    sampled, sampler = sample_row(weights, sampler, batch, rms_norm(last, weights.norm, config.norm_eps))
-    length = len(batch.tokens)
-    chosen = deepseek_v3.stack_routes(config, [ids[:length] for ids in routes], num_tokens=length)
-    return StepOutput(sampled, chosen), sampler
-
-
-def _scored(
-    config: ModelConfig, weights: Weights, sampler: SamplerState, batch: PrefillBatch, x: Array, routes: list[Array]
-) -> tuple[StepOutput, SamplerState]:
-    output, sampler = _sampled(config, weights, sampler, batch, x, routes)
-    hidden = rms_norm(x[: len(batch.tokens)], weights.norm, config.norm_eps)
-    return replace(output, prompt=score(weights, hidden, batch.targets)), sampler
-
-
-def _logits(
-    config: ModelConfig, weights: Weights, sampler: SamplerState, batch: PrefillBatch, x: Array, routes: list[Array]
-) -> tuple[Array, SamplerState]:
-    hidden = rms_norm(x[: len(batch.tokens)], weights.norm, config.norm_eps)
-    return deepseek_v3.logits(weights, hidden), sampler
-
-
-_TAILS: dict[Any, Callable[..., Any]] = {prefill: _sampled, prefill_scored: _scored, prefill_logits: _logits}
-"""What follows the last layer, by the step function that does the same in one program."""
