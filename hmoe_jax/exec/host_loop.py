@@ -138,7 +138,7 @@ class _Job:
 @dataclass
 class _ExpertsOnLane:
     """Routed experts by the lane, called from the host; a job should take `job_s`. Each part has an array in `outs`,
-    which the next program takes as it is: to make a JAX array of it would take the host 0.2 ms."""
+    which the next program takes as it is: to make a JAX array of it would take the host 0.3 ms."""
 
     lane: ExpertLane
     outs: Sequence[Float32[np.ndarray, "t d"]]
