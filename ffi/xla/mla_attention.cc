@@ -2,6 +2,8 @@
 
 #include "kernels/mla_attention.h"
 
+#include <utility>
+
 #include "kernels/mla_expansion.h"
 #include "kernels/mla_prefill.h"
 #include "store/registry.h"
@@ -154,41 +156,29 @@ ffi::Error AttendExpanded(ffi::AnyBuffer nope, ffi::AnyBuffer rope, ffi::AnyBuff
   return ToXla(RunAttendExpanded(nope, rope, expanded, positions, pool, scale, *out));
 }
 
-auto Binding() {
-  return ffi::Ffi::Bind()
-      .Arg<ffi::AnyBuffer>()
-      .Arg<ffi::AnyBuffer>()
-      .Arg<ffi::AnyBuffer>()
-      .Arg<ffi::AnyBuffer>()
-      .Arg<ffi::AnyBuffer>()
-      .Arg<ffi::AnyBuffer>()
-      .Arg<ffi::AnyBuffer>()
-      .Attr<int64_t>("pool")
-      .Attr<float>("scale")
-      .Ret<ffi::AnyBuffer>();
+// A binding with so many buffers as arguments.
+template <int kCount, typename B>
+auto WithArguments(B&& binding) {
+  if constexpr (kCount == 1) {
+    return std::move(binding).template Arg<ffi::AnyBuffer>();
+  } else {
+    return WithArguments<kCount - 1>(std::move(binding).template Arg<ffi::AnyBuffer>());
+  }
 }
 
-XLA_FFI_DEFINE_HANDLER(kAttend, Attend, Binding());
-XLA_FFI_DEFINE_HANDLER(kPrefill, Prefill, Binding());
+template <int kCount>
+auto Attending() {
+  return WithArguments<kCount>(ffi::Ffi::Bind())
+      .template Attr<int64_t>("pool")
+      .template Attr<float>("scale")
+      .template Ret<ffi::AnyBuffer>();
+}
+
+XLA_FFI_DEFINE_HANDLER(kAttend, Attend, Attending<7>());
+XLA_FFI_DEFINE_HANDLER(kPrefill, Prefill, Attending<7>());
+XLA_FFI_DEFINE_HANDLER(kAttendExpanded, AttendExpanded, Attending<4>());
 XLA_FFI_DEFINE_HANDLER(kExpand, Expand,
-                       ffi::Ffi::Bind()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Attr<int64_t>("pool")
-                           .Ret<ffi::AnyBuffer>());
-XLA_FFI_DEFINE_HANDLER(kAttendExpanded, AttendExpanded,
-                       ffi::Ffi::Bind()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Attr<int64_t>("pool")
-                           .Attr<float>("scale")
-                           .Ret<ffi::AnyBuffer>());
+                       WithArguments<6>(ffi::Ffi::Bind()).Attr<int64_t>("pool").Ret<ffi::AnyBuffer>());
 
 }  // namespace
 
