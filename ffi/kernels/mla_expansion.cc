@@ -47,7 +47,8 @@ MlaExpansion::MlaExpansion(const MlaKernels& kernels, const MlaAttentionArgs& ar
 MlaExpansion::Workspace MlaExpansion::TakeWorkspace() const {
   Scratch& scratch = session_.scratch();
   Workspace space;
-  space.key = scratch.Take<uint16_t>(widths_.nope * widths_.rank);
+  space.padded_key = scratch.Take<uint16_t>(widths_.nope * widths_.rank);
+  std::fill_n(space.padded_key, widths_.nope * widths_.rank, uint16_t{0});
   space.padded = scratch.Take<uint16_t>(kPanel * widths_.rank);
   std::fill_n(space.padded, kPanel * widths_.rank, uint16_t{0});
   space.value_tiles = scratch.Take<uint16_t>(widths_.rank * widths_.value);
@@ -85,10 +86,12 @@ void MlaExpansion::ReadPanel(const Latents& latents, int64_t panel) const {
 }
 
 void MlaExpansion::LoadHead(int64_t head, Workspace& space) const {
-  const uint16_t* key = args_.key + head * args_.nope_dim * args_.rank;
-  std::fill_n(space.key, widths_.nope * widths_.rank, uint16_t{0});
-  for (int64_t n = 0; n < args_.nope_dim; ++n)
-    std::copy_n(key + n * args_.rank, args_.rank, space.key + n * widths_.rank);
+  space.key = args_.key + head * args_.nope_dim * args_.rank;
+  if (widths_.nope != args_.nope_dim || widths_.rank != args_.rank) {
+    for (int64_t n = 0; n < args_.nope_dim; ++n)
+      std::copy_n(space.key + n * args_.rank, args_.rank, space.padded_key + n * widths_.rank);
+    space.key = space.padded_key;
+  }
 
   const uint16_t* value = args_.value + head * args_.value_dim * args_.rank;
   for (int64_t v = 0; v < args_.value_dim; v += kPanel) {

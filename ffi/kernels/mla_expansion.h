@@ -64,7 +64,8 @@ class MlaExpansion {
 
   // Memory of one thread.
   struct Workspace {
-    uint16_t* key;          // [nope, rank]
+    const uint16_t* key;    // [nope, rank]
+    uint16_t* padded_key;   // where it needs padding
     uint16_t* padded;       // 16 rows of the value
     uint16_t* value_tiles;  // of the transpose, [rank, value]
     float* expanded;        // keys' transpose [nope, kMlaChunk], or values [kMlaChunk, value]
