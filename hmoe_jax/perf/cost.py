@@ -36,6 +36,8 @@ class Rates:
     `linear_tflops`, `grouped_tflops`, `attention_tflops`: one device's dense projections for many tokens, and routed
     experts and attention of a prompt. `unpack_gbps`: its turning of stored experts into what it multiplies, once for
     each tile of tokens. `dispatch_s`: starting one program.
+    `contention`: how many times as long the CPU's experts and a device's decoding take where both are under way: 1 for
+    a device with memory of its own, more where both read the same or share processors' power.
     `variant`: the fastest way to multiply a group (`kernels.grouped.VARIANTS`), whose rate `grouped_tflops` is;
     `attention`: the same of `attention_tflops`.
     """
@@ -53,6 +55,7 @@ class Rates:
     unpack_gbps: float
     dispatch_s: float
     num_devices: int = 1
+    contention: float = 1.0
     variant: str = "batched"
     attention: GpuAttention = "xla"
 
@@ -81,21 +84,23 @@ class PrefillCost:
 
 @dataclass(frozen=True)
 class DecodeCost:
-    """Seconds of a step of `batch` sequences: the CPU's experts, and everything else on the device. In one part the two
-    take turns; in two they compute at once, and each part's first or last stage stands alone."""
+    """Seconds of a step of `batch` sequences: the CPU's experts, and everything else on the device, each alone. In one
+    part the two take turns; in two they compute at once, slowed by `contention`, and each part's first or last stage
+    stands alone."""
 
     batch: int
     experts_s: float
     device_s: float
     num_parts: int = 1
     num_layers: int = 1
+    contention: float = 1.0
 
     @property
     def seconds(self) -> float:
         if self.num_parts == 1:
             return self.experts_s + self.device_s
-        alone = min(self.experts_s, self.device_s) / (self.num_parts * self.num_layers)
-        return max(self.experts_s, self.device_s) + alone
+        longer, shorter = max(self.experts_s, self.device_s), min(self.experts_s, self.device_s)
+        return longer + shorter * (self.contention - 1 + 1 / (self.num_parts * self.num_layers))
 
     @property
     def tok_per_s(self) -> float:
@@ -256,9 +261,8 @@ def decode_cost(config: ModelConfig, rates: Rates, *, batch: int, context: int, 
     tokens = batch / num_parts
     device = resident_s(config, rates, tokens) + cache_s(config, rates, batch=tokens, context=context)
     part = device + config.num_layers * rates.dispatch_s
-    return DecodeCost(
-        batch, num_parts * experts_s(config, rates, tokens), num_parts * part, num_parts, config.num_layers
-    )
+    experts = num_parts * experts_s(config, rates, tokens)
+    return DecodeCost(batch, experts, num_parts * part, num_parts, config.num_layers, rates.contention)
 
 
 def resident_s(config: ModelConfig, rates: Rates, tokens: float | int) -> float:

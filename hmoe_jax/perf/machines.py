@@ -48,6 +48,7 @@ UNMEASURED_CPU = Rates(
     attention_tflops=0.1,
     unpack_gbps=2.0,
     dispatch_s=5e-5,
+    contention=1.2,
 )
 """The CPU platform's, roughly, by those of a two-core machine."""
 

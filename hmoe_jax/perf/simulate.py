@@ -18,13 +18,15 @@ from hmoe_jax.perf.sizes import count_parameters
 @dataclass(frozen=True)
 class Stages:
     """Seconds of one part of a batch at one layer: on the device what needs the experts' result and what they need, and
-    what is computed beside them; on the lane the experts. `tail_s` follows the last layer."""
+    what is computed beside them; on the lane the experts. `tail_s` follows the last layer. What device and lane do at
+    the same time takes `contention` times as long."""
 
     num_layers: int
     front_s: float
     shared_s: float
     experts_s: float
     tail_s: float = 0.0
+    contention: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ def stages(config: ModelConfig, rates: Rates, *, batch: int, context: int, num_p
     attention = cache_s(config, rates, batch=tokens, context=context)
     front = (resident - head - dense + attention) / layers + rates.dispatch_s - shared * moe_layers / layers
     outside = head + dense + (layers - moe_layers) * front
-    one = Stages(moe_layers, front, shared, experts_s(config, rates, tokens) / moe_layers, tail_s=outside)
-    return [one] * num_parts
+    experts = experts_s(config, rates, tokens) / moe_layers
+    return [Stages(moe_layers, front, shared, experts, outside, rates.contention)] * num_parts
 
 
 def prompt_of(
@@ -133,14 +135,22 @@ def beside(
 
 
 @dataclass
+class _Job:
+    """Of the lane: a part's experts."""
+
+    begin_s: float
+    done_s: float
+
+
+@dataclass
 class _Run:
-    """`device_s`, `lane_s`: until when each is busy. `done_s`: of each part, when its experts are done."""
+    """`device_s`: until when the device is busy. `jobs`: of each part, the latest."""
 
     parts: list[Stages]
     prompt: Prompt | None
     max_slowdown: float
     device_s: float = 0.0
-    lane_s: float = 0.0
+    jobs: list[_Job] = field(default_factory=list)
     prompted_s: float = 0.0
     late_s: float = 0.0
     spans: list[Span] = field(default_factory=list)
@@ -154,32 +164,38 @@ class _Run:
         return self.prompted_s >= self.prompt.compute_s
 
     def step(self) -> None:
-        done_s = [self.device_s] * len(self.parts)
+        self.jobs = [_Job(self.device_s, self.device_s) for _ in self.parts]
         for _ in range(self.parts[0].num_layers):
             for index, part in enumerate(self.parts):
-                self._await(done_s[index])
-                self._compute(part.front_s)
-                done_s[index] = self._experts(part.experts_s)
-                self._compute(part.shared_s)
-        for index, part in enumerate(self.parts):
-            self._await(done_s[index])
-            self._compute(part.tail_s)
+                self._await(self.jobs[index])
+                self._compute("device", part.front_s)
+                self.jobs[index] = self._experts(part.experts_s)
+                self._compute("device", part.shared_s)
+        for job, part in zip(self.jobs, self.parts, strict=True):
+            self._await(job)
+            self._compute("device", part.tail_s)
 
-    def _compute(self, seconds: float) -> None:
-        self.spans.append(Span("device", self.device_s, self.device_s + seconds))
-        self.device_s += seconds
+    def _compute(self, name: str, seconds: float) -> None:
+        begin, slowed_s = self.device_s, [self._slowed_s(job.done_s, seconds) for job in self.jobs]
+        for job, more_s in zip(self.jobs, slowed_s, strict=True):
+            job.done_s += more_s
+        self.device_s += seconds + max(slowed_s)
+        self.spans.append(Span(name, begin, self.device_s))
 
-    def _experts(self, seconds: float) -> float:
-        begin = max(self.lane_s, self.device_s)
+    def _slowed_s(self, done_s: float, seconds: float) -> float:
+        """What `seconds` on the device from now on, and a job that would be done by then, add to each other."""
+        return min(max(done_s - self.device_s, 0.0), seconds) * (self.parts[0].contention - 1)
+
+    def _experts(self, seconds: float) -> _Job:
+        begin = max(self.device_s, *(job.done_s for job in self.jobs))
         stretch = 1.0 if self.prompt is None or self.prompt_done else self.prompt.stretch
-        self.lane_s = begin + seconds * stretch
-        self.spans.append(Span("lane", begin, self.lane_s))
-        return self.lane_s
+        return _Job(begin, begin + seconds * stretch)
 
-    def _await(self, ready_s: float) -> None:
-        while self._runs_quantum(ready_s):
+    def _await(self, job: _Job) -> None:
+        while self._runs_quantum(job.done_s):
             pass
-        self.device_s = max(self.device_s, ready_s)
+        self.device_s = max(self.device_s, job.done_s)
+        self.spans.append(Span("lane", job.begin_s, job.done_s))
 
     def _runs_quantum(self, ready_s: float) -> bool:
         prompt = self.prompt
@@ -187,12 +203,11 @@ class _Run:
             return False
         seconds = min(prompt.quantum_s, prompt.compute_s - self.prompted_s)
         has_come = self.device_s >= (self.prompted_s + seconds) * prompt.copy_s / prompt.compute_s
-        late_s = max(self.device_s + seconds - max(ready_s, self.device_s), 0.0)
+        late_s = max(self.device_s + seconds - max(ready_s, self.device_s), 0.0) + self._slowed_s(ready_s, seconds)
         on_time_s = self.device_s - self.late_s
         if not has_come or self.late_s + late_s > self.max_slowdown * on_time_s:
             return False
-        self.spans.append(Span("prompt", self.device_s, self.device_s + seconds))
-        self.device_s += seconds
+        self._compute("prompt", seconds)
         self.prompted_s += seconds
         self.late_s += late_s
         return True

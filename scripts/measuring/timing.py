@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +35,23 @@ def medians_in_turn(calls: Sequence[Callable[[], Any]], effort: Effort) -> list[
     while len(rounds) <= effort.calls or time.perf_counter() < end:
         rounds.append([_seconds(call) for call in calls])
     return [statistics.median(times) for times in zip(*rounds[1:], strict=True)]
+
+
+def median_seconds_beside(call: Callable[[], Any], other: Callable[[], Any], effort: Effort) -> float:
+    """Of a call, while a second thread makes the other over and over."""
+    is_over = threading.Event()
+
+    def repeat() -> None:
+        while not is_over.is_set():
+            _seconds(other)
+
+    with ThreadPoolExecutor(1) as thread:
+        repeated = thread.submit(repeat)
+        try:
+            return median_seconds(call, effort)
+        finally:
+            is_over.set()
+            repeated.result()
 
 
 def _seconds(call: Callable[[], Any]) -> float:

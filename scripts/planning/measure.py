@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from operator import truediv
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int32
 from measuring.attention import attention_tflops, decode_tflops
 from measuring.experts import CODEC, Variants, best_variant, measure_variants, random_matrix, random_store
 from measuring.limits import link_gbps
-from measuring.timing import Effort, median_seconds, medians_in_turn
+from measuring.timing import Effort, median_seconds, median_seconds_beside, medians_in_turn
 
 from hmoe_jax.exec.copies import CopyLane
 from hmoe_jax.exec.fused import pin_experts
 from hmoe_jax.exec.groups import guess
 from hmoe_jax.exec.passes import MAX_GROUP, MIN_DEPTH, StreamPlan
+from hmoe_jax.experts.lane import ExpertLane
 from hmoe_jax.experts.store import ExpertStore, StoreShape
 from hmoe_jax.kernels.moe_experts import moe_experts
 from hmoe_jax.kernels.pool import ThreadPool, resolve_num_threads
@@ -38,16 +43,22 @@ DECODED = 8
 @dataclass(frozen=True)
 class Bench:
     """What the measurements share: a device, the threads of its native kernels, random experts of DeepSeek-V3's widths
-    with their own, and the effort."""
+    with theirs, and the effort."""
 
     device: jax.Device
     pool: ThreadPool
+    experts: ThreadPool
     store: ExpertStore
     effort: Effort
 
     @property
     def native_pool(self) -> int | None:
         return self.pool.id if self.device.platform == "cpu" else None
+
+    @property
+    def has_two_sides(self) -> bool:
+        """Whether the experts have threads that the device's kernels do not use."""
+        return self.native_pool != self.experts.id
 
     @property
     def group_size(self) -> int:
@@ -75,7 +86,7 @@ def open_bench(
         if device.platform != "cpu":
             pin_experts(store)
         pool = experts if expert_cpus == "auto" else owned.enter_context(ThreadPool(1))
-        yield Bench(device, pool, store, effort)
+        yield Bench(device, pool, experts, store, effort)
 
 
 def measure_group(bench: Bench) -> Variants:
@@ -107,6 +118,7 @@ def measure_decode_rates(bench: Bench, *, variant: str) -> dict[str, float]:
         "decode_attention_tflops": _decode_attention_tflops(bench),
         "linear_tflops": _linear_tflops(bench, variant),
         "dispatch_s": _dispatch_s(bench),
+        **({"contention": _contention(bench)} if bench.has_two_sides else {}),
     }
 
 
@@ -129,10 +141,8 @@ def _decode_attention_tflops(bench: Bench) -> float:
 
 
 def _expert_gbps(bench: Bench) -> float:
-    """One token, other experts every time, so that they come from memory. By the CPU, whatever the device is."""
-    cpu = jax.local_devices(backend="cpu")[0]
-    count = bench.store.shape.num_experts // TOP_K
-    ids = [np.arange(TOP_K, dtype=np.int32)[None] + TOP_K * i for i in range(count)]
+    """By the CPU, whatever the device is."""
+    cpu, ids = jax.local_devices(backend="cpu")[0], _choices(bench)
     with jax.default_device(cpu):
         hidden, weights = jnp.ones((1, HIDDEN), jnp.bfloat16), jnp.ones((1, TOP_K), jnp.float32)
         call = jax.jit(lambda ids: moe_experts(hidden, ids, weights, layer=0, store=bench.store.id))
@@ -164,16 +174,45 @@ def _link_gbps(bench: Bench) -> float:
 
 def _device_rates(bench: Bench) -> dict[str, float]:
     """Dense projections of one token, of more weights than the caches hold, and what each further token adds."""
-    layers = [_projection(bench, HIDDEN, 2 * HIDDEN) for _ in range(4)]
+    layers = _projections(bench)
     num_bytes = sum(layer.weight.nbytes + layer.scale.nbytes for layer in layers)
-    call = jax.jit(lambda x, layers: [linear(x, layer) for layer in layers])
-    tokens = [jnp.ones((count, 2 * HIDDEN), jnp.bfloat16) for count in (1, DECODED)]
-    one_s, all_s = medians_in_turn([partial(call, x, layers) for x in tokens], bench.effort)
+    one_s, all_s = medians_in_turn([_projecting(layers, count) for count in (1, DECODED)], bench.effort)
     flops = 2 * len(layers) * HIDDEN * 2 * HIDDEN * (DECODED - 1)
     return {
         "device_gbps": num_bytes / one_s / 1e9,
         "decode_linear_tflops": flops / max(all_s - one_s, 1e-9) / 1e12,
     }
+
+
+def _contention(bench: Bench) -> float:
+    """A token's projections and, by a lane, its experts: how many times as long they take at the same time as alone."""
+    with ExpertLane(bench.store, num_slots=1) as lane:
+        both = [_projecting(_projections(bench), 1), _reading(bench, lane)]
+        alone_s = medians_in_turn(both, bench.effort)
+        beside_s = [median_seconds_beside(call, other, bench.effort) for call, other in (both, both[::-1])]
+    return max(1.0, statistics.mean(map(truediv, beside_s, alone_s)))
+
+
+def _projections(bench: Bench) -> list[Projection]:
+    """More weights than the caches hold."""
+    return [_projection(bench, HIDDEN, 2 * HIDDEN) for _ in range(4)]
+
+
+def _projecting(layers: list[Projection], num_tokens: int) -> Callable[[], Any]:
+    call = jax.jit(lambda x, layers: [linear(x, layer) for layer in layers])
+    return partial(call, jnp.ones((num_tokens, 2 * HIDDEN), jnp.bfloat16), layers)
+
+
+def _reading(bench: Bench, lane: ExpertLane) -> Callable[[], None]:
+    hidden, weights = np.zeros((1, HIDDEN), np.uint16), np.ones((1, TOP_K), np.float32)
+    ids, out = itertools.cycle(_choices(bench)), np.empty((1, HIDDEN), np.float32)
+    return lambda: lane.wait(0, lane.submit(0, 0, hidden, next(ids), weights), out)
+
+
+def _choices(bench: Bench) -> Sequence[Int32[np.ndarray, "1 k"]]:
+    """Of one token at a time, other experts every time, so that they come from memory."""
+    count = bench.store.shape.num_experts // TOP_K
+    return np.split(np.arange(count * TOP_K, dtype=np.int32)[None], count, axis=1)
 
 
 def _linear_tflops(bench: Bench, best: str) -> float:

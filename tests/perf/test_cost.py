@@ -103,6 +103,8 @@ def test_two_parts_read_what_they_share_twice_and_hide_the_smaller_side() -> Non
     assert one.device_s < two.device_s < 2 * one.device_s
     larger, smaller = max(two.experts_s, two.device_s), min(two.experts_s, two.device_s)
     assert larger < two.seconds < larger + smaller / 61
+    slowed = decode_cost(DEEPSEEK_V3, replace(FAST, contention=1.3), batch=8, context=4096, num_parts=2)
+    assert slowed.seconds == pytest.approx(two.seconds + 0.3 * smaller)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,18 @@ from hmoe_jax.perf.simulate import Prompt, Stages, beside, prompt_of, simulate, 
 
 DEEPSEEK_V3 = read_config(Path(__file__).parents[2] / "models" / "deepseek-v3")
 SECONDS = st.floats(0.001, 1.0)
+CONTENTION = st.floats(1.0, 2.0)
 LAYERS = 20
 
 
-def stage(front_s: float | int, experts_s: float | int, shared_s: float | int = 0, tail_s: float | int = 0) -> Stages:
-    return Stages(LAYERS, float(front_s), float(shared_s), float(experts_s), float(tail_s))
+def stage(
+    front_s: float | int,
+    experts_s: float | int,
+    shared_s: float | int = 0,
+    tail_s: float | int = 0,
+    contention: float = 1.0,
+) -> Stages:
+    return Stages(LAYERS, float(front_s), float(shared_s), float(experts_s), float(tail_s), contention)
 
 
 def test_one_part_takes_turns_but_for_the_shared_experts() -> None:
@@ -32,6 +40,14 @@ def test_two_equal_sides_hide_each_other() -> None:
     overlapped = simulate([stage(1, 1)] * 2)
     assert overlapped.step_s == pytest.approx(2 * LAYERS + 1)
     assert overlapped.share("device") == overlapped.share("lane") > 0.97
+
+
+def test_sides_slow_each_other_only_while_both_are_busy() -> None:
+    """Per layer 4 beside 5: both for 4 * 1.5, then 1 of the experts. Two equal sides are both busy all the time but for
+    a first and a last stage; two that each take twice as long at once gain nothing."""
+    assert simulate([stage(2, 5, 4, contention=1.5)]).step_s == pytest.approx(LAYERS * (2 + 6 + 1))
+    assert simulate([stage(1, 1, contention=1.5)] * 2).step_s == pytest.approx(1.5 * (2 * LAYERS - 1) + 2)
+    assert simulate([stage(1, 1, contention=2.0)] * 2).step_s == pytest.approx(simulate([stage(2, 2)]).step_s)
 
 
 @given(SECONDS, SECONDS, SECONDS, SECONDS)
@@ -62,14 +78,15 @@ def test_quanta_that_fit_into_the_gaps_slow_nobody_and_more_are_begun_as_far_as_
     assert allowed.together.share("prompt") * allowed.together.seconds == pytest.approx(500)
 
 
-@given(SECONDS, SECONDS, SECONDS, st.floats(0.01, 0.5))
+@given(SECONDS, SECONDS, SECONDS, st.floats(0.01, 0.5), CONTENTION)
 def test_decoding_is_never_slowed_more_than_it_may_be(
-    front_s: float, experts_s: float, quantum_s: float, limit: float
+    front_s: float, experts_s: float, quantum_s: float, limit: float, contention: float
 ) -> None:
     prompt = Prompt(compute_s=20 * quantum_s, copy_s=0.001, quantum_s=quantum_s)
-    result = beside([stage(front_s, experts_s)], prompt, max_slowdown=limit)
+    result = beside([stage(front_s, experts_s, contention=contention)], prompt, max_slowdown=limit)
     assert result.slowdown <= limit * (1 + 1e-6)
-    assert result.together.share("prompt") * result.together.seconds == pytest.approx(20 * quantum_s)
+    busy_s = result.together.share("prompt") * result.together.seconds
+    assert 20 * quantum_s * (1 - 1e-9) <= busy_s <= 20 * quantum_s * contention * (1 + 1e-9)
     assert result.gain >= -1e-9
 
 
@@ -78,8 +95,9 @@ def test_a_quantum_waits_for_its_experts() -> None:
     assert slow_link.together.seconds >= 1000
 
 
-def test_stages_of_the_model_of_costs_add_up_to_its_steps() -> None:
-    rates = sheet_rates("h100", has_kernels=True)
+@pytest.mark.parametrize("contention", [1.0, 1.5])
+def test_stages_of_the_model_of_costs_add_up_to_its_steps(contention: float) -> None:
+    rates = replace(sheet_rates("h100", has_kernels=True), contention=contention)
     for num_parts in (1, 2):
         sizes = {"batch": 4, "context": 4096, "num_parts": num_parts}
         cost = decode_cost(DEEPSEEK_V3, rates, **sizes)

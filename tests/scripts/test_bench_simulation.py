@@ -25,4 +25,5 @@ def test_every_configuration_is_simulated_from_the_rates_that_were_measured(
         assert case["simulated_s"] > 0
     for name in ("expert_gbps", "device_gbps", "decode_linear_tflops", "decode_attention_tflops"):
         assert results["rates"][name] != getattr(UNMEASURED_CPU, name)
+    assert results["rates"]["contention"] >= 1
     assert "| 2 | 40 | 2 |" in (tmp_path / "table.md").read_text()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 
 import pytest
 from measuring.experts import best_variant, variants_table
-from measuring.timing import Effort, medians_in_turn
+from measuring.timing import Effort, median_seconds_beside, medians_in_turn
 
 
 def test_calls_are_timed_in_turn_after_a_round_that_compiles() -> None:
@@ -14,6 +15,22 @@ def test_calls_are_timed_in_turn_after_a_round_that_compiles() -> None:
     medians = medians_in_turn([partial(called.append, "a"), partial(called.append, "b")], Effort(calls=2))
     assert called == ["a", "b"] * 3
     assert len(medians) == 2
+
+
+def test_a_call_is_timed_while_another_is_made_over_and_over() -> None:
+    made: list[int] = []
+    at_each_call: list[int] = []
+
+    def call() -> None:
+        before = len(made)
+        while len(made) == before:
+            time.sleep(1e-4)
+        at_each_call.append(len(made))
+
+    assert median_seconds_beside(call, lambda: made.append(0), Effort(calls=5)) > 0
+    assert len(set(at_each_call)) == 6
+    with pytest.raises(ZeroDivisionError):
+        median_seconds_beside(lambda: None, lambda: 1 // 0, Effort())
 
 
 @pytest.mark.parametrize("calls", [1, 4])
