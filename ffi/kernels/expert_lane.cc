@@ -130,11 +130,13 @@ Result<ExpertLane::Slot*> ExpertLane::Find(int64_t slot) {
 }
 
 Status ExpertLane::Await(Slot& slot) const {
-  const auto deadline = std::chrono::steady_clock::now() + patience_;
+  const auto patience = slot.lost == slot.ticket ? std::chrono::milliseconds(0) : patience_;
+  const auto deadline = std::chrono::steady_clock::now() + patience;
   for (int32_t done = slot.done.load(std::memory_order_acquire); done != slot.ticket;
        done = slot.done.load(std::memory_order_acquire)) {
     if (SpinWhile(slot.done, done)) continue;
     if (!SleepWhile(slot.done, done, deadline)) {
+      slot.lost = slot.ticket;
       return Fail("the routed experts of layer ", slot.layer, " are not done after ", patience_.count(),
                   " ms");
     }

@@ -29,7 +29,7 @@ struct JobTimes {
 class ExpertLane {
  public:
   // Starts the thread, on the CPU of the first thread of the store's pool. `patience` is how long Wait and
-  // Submit wait for a job before they take it for lost.
+  // Submit wait for a job before they take it for lost; they do not wait for a lost one again.
   static Result<std::shared_ptr<ExpertLane>> Create(std::shared_ptr<ExpertStore> store, int num_slots,
                                                     std::chrono::milliseconds patience);
   ~ExpertLane();  // waits for the job that is under way, and forgets the others
@@ -68,7 +68,7 @@ class ExpertLane {
     std::vector<float> weights, out;
     Status status;
     JobTimes times;
-    int32_t ticket = 0;
+    int32_t ticket = 0, lost = 0;  // of the last job, and of the last that was taken for lost
     std::atomic<int32_t> done{0};  // the last job that is
   };
 

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <future>
 #include <string>
+#include <thread>
 
 #include "kernels/expert_lane_gpu.h"
 #include "kernels/moe_experts_gpu.h"
@@ -245,6 +246,36 @@ void TestFailuresOfALaneForAGpuReachTheNextCall() {
   CHECK(gpu.Wait(lane, 0, out.data(), &stream).ok());
 }
 
+void TestALostJobOfALaneForAGpuIsAnErrorAndNotAHang() {
+  const auto store = NewStore(Residency::kArena);
+  const auto lane = ExpertLane::Create(store, 1, std::chrono::milliseconds(100)).value();
+  GpuExpertLane gpu(OpenDriver());
+  int stream = 0;
+  const std::vector<uint16_t> hidden(static_cast<size_t>(kShape.hidden), 0x3f80);
+  std::vector<float> out(hidden.size());
+  const int32_t layer = 1, ids[] = {0};
+  const float weights[] = {1};
+  int32_t ticket = 0;
+  const auto submit = [&] {
+    return gpu.Submit(lane, 0, {&layer, hidden.data(), {ids, weights, 1, 1}, nullptr}, &ticket, &stream);
+  };
+  std::promise<void> begun, end;
+  std::thread blocker([&] {  // has the pool, so that no job is done
+    const ThreadPool::Session session(store->pool());
+    begun.set_value();
+    end.get_future().wait();
+  });
+  begun.get_future().wait();
+  CHECK(submit().ok());
+  CHECK(gpu.Wait(lane, 0, out.data(), &stream).ok());  // the stream waited, and goes on
+  const std::string late = "the routed experts of layer 1 are not done after 100 ms";
+  CHECK_EQ(submit().error().message, late);
+  CHECK(submit().ok());  // as if it had been on the stream before: it does not wait again, and is noted
+  CHECK_EQ(lane->TakeFailure().error().message, late);
+  end.set_value();
+  blocker.join();
+}
+
 }  // namespace
 }  // namespace hmoe
 
@@ -259,5 +290,6 @@ int main() {
   hmoe::TestFailuresForAGpuAreErrors();
   hmoe::TestALaneForAGpu();
   hmoe::TestFailuresOfALaneForAGpuReachTheNextCall();
+  hmoe::TestALostJobOfALaneForAGpuIsAnErrorAndNotAHang();
   return hmoe::test::failures;
 }

@@ -90,6 +90,23 @@ def test_what_is_wrong_is_said_by_the_half_that_sees_it(lane: ExpertLane) -> Non
     np.testing.assert_array_equal(beside(batch, lane), beside(batch, lane))
 
 
+def test_a_job_that_is_late_is_an_error_and_the_lane_goes_on(store: ExpertStore) -> None:
+    """Jobs of thousands of tokens against a patience of a millisecond."""
+    batch, late = Batch.random(SHAPE, 4000, 4), "the routed experts of layer 1 are not done after 1 ms"
+    hidden, ids, weights = (np.asarray(each) for each in batch.operands)
+    with ExpertLane(store, num_slots=3, patience_s=1e-3) as lane:
+        tickets = [lane.submit(slot, 1, hidden.view(np.uint16), ids, weights) for slot in range(2)]
+        with pytest.raises(XLA_ERRORS, match=late):
+            jax.block_until_ready(beside(batch, lane, slot=2))
+        out = np.empty(hidden.shape, np.float32)
+        with pytest.raises(ValueError, match=late):
+            lane.wait(1, tickets[1], out)
+        while not lane.is_done(1, tickets[1]):
+            time.sleep(1e-3)
+        lane.wait(1, tickets[1], out)
+    np.testing.assert_array_equal(out, moe_experts(*batch.operands, layer=1, store=store.id))
+
+
 def test_a_closed_lane_says_so(store: ExpertStore) -> None:
     lane = ExpertLane(store, num_slots=1)
     lane.close()
