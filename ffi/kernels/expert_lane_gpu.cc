@@ -10,7 +10,7 @@ constexpr int32_t kOneTicket = 1;  // jobs are told apart by the stream's order
 }  // namespace
 
 Status GpuExpertLane::Submit(const std::shared_ptr<ExpertLane>& lane, int64_t slot,
-                             const GpuOperands& operands, int32_t* ticket, void* stream) {
+                             const ExpertOperands& operands, int32_t* ticket, void* stream) {
   if (Status failure = lane->TakeFailure(); !failure.ok()) return failure;
   const auto call = CallOf(lane, slot);
   const Routing& routing = operands.routing;

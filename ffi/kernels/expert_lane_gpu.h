@@ -20,7 +20,7 @@ class GpuExpertLane {
 
   // Copies of the operands to the host; then the job is in the lane's queue. `ticket` is written on the
   // device.
-  Status Submit(const std::shared_ptr<ExpertLane>& lane, int64_t slot, const GpuOperands& operands,
+  Status Submit(const std::shared_ptr<ExpertLane>& lane, int64_t slot, const ExpertOperands& operands,
                 int32_t* ticket, void* stream);
 
   // Waiting for the last job that was submitted in the slot; then the copy of its result.

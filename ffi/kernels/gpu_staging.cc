@@ -35,7 +35,7 @@ Status GpuStaging::Reserve(const std::shared_ptr<const GpuDriver>& driver, int64
   return {};
 }
 
-Status GpuStaging::CopyOperands(const GpuDriver& driver, const GpuOperands& operands, void* stream) {
+Status GpuStaging::CopyOperands(const GpuDriver& driver, const ExpertOperands& operands, void* stream) {
   const int64_t slots = tokens_ * choices_;
   for (const auto& [to, from, size] :
        {std::tuple<void*, const void*, int64_t>{At<int32_t>(layer_at_), operands.layer, 4},

@@ -12,14 +12,6 @@
 
 namespace hmoe {
 
-// The operands of MoeExperts, all in the memory of the GPU whose stream is given.
-struct GpuOperands {
-  const int32_t* layer;
-  const uint16_t* hidden;
-  Routing routing;
-  float* out;
-};
-
 // Room for the operands and the result of a call, pinned where it can be.
 class GpuStaging {
  public:
@@ -28,8 +20,8 @@ class GpuStaging {
   Status Reserve(const std::shared_ptr<const GpuDriver>& driver, int64_t tokens, int64_t choices,
                  int64_t width, void* stream);
 
-  // Puts copies on the stream: of the operands to this memory, and of the result from it.
-  Status CopyOperands(const GpuDriver& driver, const GpuOperands& operands, void* stream);
+  // Puts copies on the GPU's stream: of operands in its memory to this memory, and of the result from it.
+  Status CopyOperands(const GpuDriver& driver, const ExpertOperands& operands, void* stream);
   Status CopyResult(const GpuDriver& driver, float* out, void* stream) const;
 
   // What lies here once the copies are done.

@@ -2,7 +2,7 @@
 
 namespace hmoe {
 
-Status GpuMoeExperts::Run(ExpertStore& store, const GpuOperands& operands, void* stream) {
+Status GpuMoeExperts::Run(ExpertStore& store, const ExpertOperands& operands, void* stream) {
   GpuStaging& staging = [&]() -> GpuStaging& {
     const std::lock_guard lock(mutex_);
     return staging_[stream];

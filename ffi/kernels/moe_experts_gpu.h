@@ -17,7 +17,7 @@ class GpuMoeExperts {
  public:
   explicit GpuMoeExperts(std::shared_ptr<const GpuDriver> driver) : driver_(std::move(driver)) {}
 
-  Status Run(ExpertStore& store, const GpuOperands& operands, void* stream);
+  Status Run(ExpertStore& store, const ExpertOperands& operands, void* stream);
 
  private:
   const std::shared_ptr<const GpuDriver> driver_;

@@ -18,6 +18,14 @@ struct Routing {
   int64_t slots;
 };
 
+// The operands of MoeExperts, and where the result goes: all in the memory of the CPU, or all in a GPU's.
+struct ExpertOperands {
+  const int32_t* layer;
+  const uint16_t* hidden;
+  Routing routing;
+  float* out;
+};
+
 struct Pair {
   int64_t token;
   float weight;

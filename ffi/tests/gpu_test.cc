@@ -199,7 +199,7 @@ void TestALaneForAGpu() {
   const float weights[] = {1, .5f, 1, .5f, 1, .5f};
   std::vector<float> expected(hidden.size()), first(hidden.size()), second(hidden.size());
   CHECK(MoeExperts(*store, layer, hidden.data(), {ids, weights, 3, 2}, expected.data()).ok());
-  const GpuOperands operands{&layer, hidden.data(), {ids, weights, 3, 2}, nullptr};
+  const ExpertOperands operands{&layer, hidden.data(), {ids, weights, 3, 2}, nullptr};
   (void)Calls();
   for (int round = 0; round < 3; ++round) {
     int32_t tickets[] = {0, 0};

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <string>
+#include <utility>
 
 #include "base/result.h"
 #include "xla/ffi/api/ffi.h"
@@ -23,6 +24,16 @@ ffi::Error ToXla(const Status& status);
 template <typename T>
 T* DataOf(ffi::AnyBuffer buffer) {
   return static_cast<T*>(buffer.untyped_data());
+}
+
+// A binding with so many buffers as arguments.
+template <int kCount, typename B>
+auto WithArguments(B&& binding) {
+  if constexpr (kCount == 1) {
+    return std::move(binding).template Arg<ffi::AnyBuffer>();
+  } else {
+    return WithArguments<kCount - 1>(std::move(binding).template Arg<ffi::AnyBuffer>());
+  }
 }
 
 }  // namespace hmoe

@@ -6,7 +6,7 @@
 
 #include "kernels/expert_lane_gpu.h"
 #include "store/registry.h"
-#include "xla/arguments.h"
+#include "xla/expert_operands.h"
 #include "xla/handlers.h"
 
 namespace hmoe {
@@ -19,18 +19,11 @@ Status CheckedSubmit(ffi::AnyBuffer hidden, ffi::AnyBuffer ids, ffi::AnyBuffer w
   if (!lane.ok()) return lane.error();
   const int64_t width = lane.value()->store()->shape().hidden;
 
-  if (Status s = CheckArgument("hidden", hidden, {ffi::BF16}, {kAnySize, width}); !s.ok()) return s;
-  const int64_t tokens = hidden.dimensions()[0];
-  if (Status s = CheckArgument("ids", ids, {ffi::S32}, {tokens, kAnySize}); !s.ok()) return s;
-  const int64_t choices = ids.dimensions()[1];
-  if (Status s = CheckArgument("weights", weights, {ffi::F32}, {tokens, choices}); !s.ok()) return s;
-  if (Status s = CheckArgument("layer", layer, {ffi::S32}, {}); !s.ok()) return s;
+  const auto operands = ReadExpertOperands(hidden, ids, weights, layer, width);
+  if (!operands.ok()) return operands.error();
   if (Status s = CheckArgument("after", after, {ffi::S32}, {}); !s.ok()) return s;
   if (Status s = CheckArgument("result", ticket, {ffi::S32}, {}); !s.ok()) return s;
-
-  const Routing routing{DataOf<const int32_t>(ids), DataOf<const float>(weights), tokens, choices};
-  return submit(lane.value(),
-                GpuOperands{DataOf<const int32_t>(layer), DataOf<const uint16_t>(hidden), routing, nullptr});
+  return submit(lane.value(), operands.value());
 }
 
 Status CheckedWait(ffi::AnyBuffer ticket, ffi::AnyBuffer after, int64_t lane_id, ffi::AnyBuffer out,
@@ -46,7 +39,7 @@ Status CheckedWait(ffi::AnyBuffer ticket, ffi::AnyBuffer after, int64_t lane_id,
 
 ffi::Error Submit(ffi::AnyBuffer hidden, ffi::AnyBuffer ids, ffi::AnyBuffer weights, ffi::AnyBuffer layer,
                   ffi::AnyBuffer after, int64_t lane, int64_t slot, ffi::Result<ffi::AnyBuffer> ticket) {
-  const auto submit = [&](const auto& to, const GpuOperands& operands) -> Status {
+  const auto submit = [&](const auto& to, const ExpertOperands& operands) -> Status {
     const auto submitted = to->Submit(slot, *operands.layer, operands.hidden, operands.routing);
     if (!submitted.ok()) return submitted.error();
     *DataOf<int32_t>(*ticket) = submitted.value();
@@ -73,7 +66,7 @@ Result<GpuExpertLane*> ForGpu() {
 ffi::Error SubmitForGpu(void* stream, ffi::AnyBuffer hidden, ffi::AnyBuffer ids, ffi::AnyBuffer weights,
                         ffi::AnyBuffer layer, ffi::AnyBuffer after, int64_t lane, int64_t slot,
                         ffi::Result<ffi::AnyBuffer> ticket) {
-  const auto submit = [&](const auto& to, const GpuOperands& operands) -> Status {
+  const auto submit = [&](const auto& to, const ExpertOperands& operands) -> Status {
     const auto gpu = ForGpu();
     if (!gpu.ok()) return gpu.error();
     return gpu.value()->Submit(to, slot, operands, DataOf<int32_t>(*ticket), stream);
@@ -91,21 +84,14 @@ ffi::Error WaitForGpu(void* stream, ffi::AnyBuffer ticket, ffi::AnyBuffer after,
 }
 
 auto WithSubmitOperands(auto binding) {
-  return std::move(binding)
-      .template Arg<ffi::AnyBuffer>()
-      .template Arg<ffi::AnyBuffer>()
-      .template Arg<ffi::AnyBuffer>()
-      .template Arg<ffi::AnyBuffer>()
-      .template Arg<ffi::AnyBuffer>()
+  return WithArguments<5>(std::move(binding))
       .template Attr<int64_t>("lane")
       .template Attr<int64_t>("slot")
       .template Ret<ffi::AnyBuffer>();
 }
 
 auto WithWaitOperands(auto binding) {
-  return std::move(binding)
-      .template Arg<ffi::AnyBuffer>()
-      .template Arg<ffi::AnyBuffer>()
+  return WithArguments<2>(std::move(binding))
       .template Attr<int64_t>("lane")
       .template Attr<int64_t>("slot")
       .template Ret<ffi::AnyBuffer>();

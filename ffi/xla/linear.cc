@@ -80,10 +80,7 @@ ffi::Error Handle(ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::AnyBuffer scale,
 }
 
 XLA_FFI_DEFINE_HANDLER(kHandler, Handle,
-                       ffi::Ffi::Bind()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
+                       WithArguments<3>(ffi::Ffi::Bind())
                            .Attr<int64_t>("pool")
                            .Attr<std::string_view>("codec")
                            .Ret<ffi::AnyBuffer>());

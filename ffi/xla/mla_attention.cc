@@ -156,16 +156,6 @@ ffi::Error AttendExpanded(ffi::AnyBuffer nope, ffi::AnyBuffer rope, ffi::AnyBuff
   return ToXla(RunAttendExpanded(nope, rope, expanded, positions, pool, scale, *out));
 }
 
-// A binding with so many buffers as arguments.
-template <int kCount, typename B>
-auto WithArguments(B&& binding) {
-  if constexpr (kCount == 1) {
-    return std::move(binding).template Arg<ffi::AnyBuffer>();
-  } else {
-    return WithArguments<kCount - 1>(std::move(binding).template Arg<ffi::AnyBuffer>());
-  }
-}
-
 template <int kCount>
 auto Attending() {
   return WithArguments<kCount>(ffi::Ffi::Bind())

@@ -6,7 +6,7 @@
 
 #include "kernels/moe_experts_gpu.h"
 #include "store/registry.h"
-#include "xla/arguments.h"
+#include "xla/expert_operands.h"
 #include "xla/handlers.h"
 
 namespace hmoe {
@@ -19,17 +19,12 @@ Status Checked(ffi::AnyBuffer hidden, ffi::AnyBuffer ids, ffi::AnyBuffer weights
   if (!store.ok()) return store.error();
   const int64_t width = store.value()->shape().hidden;
 
-  if (Status s = CheckArgument("hidden", hidden, {ffi::BF16}, {kAnySize, width}); !s.ok()) return s;
-  const int64_t tokens = hidden.dimensions()[0];
-  if (Status s = CheckArgument("ids", ids, {ffi::S32}, {tokens, kAnySize}); !s.ok()) return s;
-  const int64_t slots = ids.dimensions()[1];
-  if (Status s = CheckArgument("weights", weights, {ffi::F32}, {tokens, slots}); !s.ok()) return s;
-  if (Status s = CheckArgument("layer", layer, {ffi::S32}, {}); !s.ok()) return s;
+  auto operands = ReadExpertOperands(hidden, ids, weights, layer, width);
+  if (!operands.ok()) return operands.error();
+  const int64_t tokens = operands.value().routing.tokens;
   if (Status s = CheckArgument("result", out, {ffi::F32}, {tokens, width}); !s.ok()) return s;
-
-  const Routing routing{DataOf<const int32_t>(ids), DataOf<const float>(weights), tokens, slots};
-  return run(*store.value(), GpuOperands{DataOf<const int32_t>(layer), DataOf<const uint16_t>(hidden),
-                                         routing, DataOf<float>(out)});
+  operands.value().out = DataOf<float>(out);
+  return run(*store.value(), operands.value());
 }
 
 ffi::Error Handle(ffi::AnyBuffer hidden, ffi::AnyBuffer ids, ffi::AnyBuffer weights, ffi::AnyBuffer layer,
@@ -40,7 +35,7 @@ ffi::Error Handle(ffi::AnyBuffer hidden, ffi::AnyBuffer ids, ffi::AnyBuffer weig
       }));
 }
 
-Status RunForGpu(ExpertStore& experts, const GpuOperands& operands, void* stream) {
+Status RunForGpu(ExpertStore& experts, const ExpertOperands& operands, void* stream) {
   static const auto driver = GpuDriver::Open();
   if (!driver.ok()) return driver.error();
   static GpuMoeExperts& calls =
@@ -56,13 +51,7 @@ ffi::Error HandleForGpu(void* stream, ffi::AnyBuffer hidden, ffi::AnyBuffer ids,
 }
 
 auto WithOperands(auto binding) {
-  return std::move(binding)
-      .template Arg<ffi::AnyBuffer>()
-      .template Arg<ffi::AnyBuffer>()
-      .template Arg<ffi::AnyBuffer>()
-      .template Arg<ffi::AnyBuffer>()
-      .template Attr<int64_t>("store")
-      .template Ret<ffi::AnyBuffer>();
+  return WithArguments<4>(std::move(binding)).template Attr<int64_t>("store").template Ret<ffi::AnyBuffer>();
 }
 
 XLA_FFI_DEFINE_HANDLER(kHandler, Handle, WithOperands(ffi::Ffi::Bind()));
