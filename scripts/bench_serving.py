@@ -2,7 +2,8 @@
 
 Open loop: requests come at `--request_rate` per second (Poisson, or in bursts with `--burstiness` below 1), whatever
 becomes of those before them; several rates are several runs. Closed loop: at most `--max_concurrency` are served at a
-time. Names and meanings are those of vLLM's serving benchmark.
+time. Names and meanings are those of vLLM's serving benchmark. A recorded trace comes in its own rhythm, at the rate
+that is asked for.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mains import make_folder, print_json, run_main, write_atomically
 from serving import report
 from serving.drive import drive
 from serving.picture import draw_load, draw_timeline
+from serving.traces import at_rate, read_trace, trace_asks
 from serving.workload import Ask, Lengths, agent_asks, arrive, random_asks, real_asks
 
 from hmoe_jax.async_engine import AsyncEngine
@@ -30,10 +32,14 @@ from hmoe_jax.kernels.pool import cpu_name
 from hmoe_jax.meters import EngineMetrics
 from hmoe_jax.sampling_params import SamplingParams
 
-_DATASET = flags.DEFINE_enum("dataset", "random", ["random", "agents", "prompts"], "Where the requests are from.")
-_PROMPTS = flags.DEFINE_string(
-    "prompts", None, "JSONL file of --dataset=prompts: turns, prompt, question, instruction."
+_DATASET = flags.DEFINE_enum(
+    "dataset", "random", ["random", "agents", "prompts", "trace"], "Where the requests are from."
 )
+_PROMPTS = flags.DEFINE_string(
+    "prompts", None, "JSONL file, perhaps .gz, of --dataset=prompts: turns, prompt, question, instruction."
+)
+_TRACE = flags.DEFINE_string("trace", None, "File of --dataset=trace: Azure's CSV or Mooncake's JSONL; may be .gz.")
+_SCALE = flags.DEFINE_float("trace_scale", 1.0, "A trace's lengths are divided by this.", lower_bound=1e-3)
 _NUM = flags.DEFINE_integer("num_prompts", 50, "Requests of each run.", lower_bound=1)
 _RATE = flags.DEFINE_multi_float("request_rate", [math.inf], "Requests per second; inf: all at once.", lower_bound=1e-6)
 _BURSTINESS = flags.DEFINE_float("burstiness", 1.0, "Shape of the gaps' gamma distribution.", lower_bound=1e-3)
@@ -75,10 +81,8 @@ async def _run_all(engine: Engine, asks: list[Ask], limits: dict[str, float]) ->
     async with AsyncEngine(engine) as served:
         for number, rate in enumerate(_RATE.value):
             before = served.metrics()
-            arriving = arrive(asks, rate=rate, burstiness=_BURSTINESS.value, seed=_SEED.value)
-            results, seconds = await drive(
-                arriving, _sender(served, f"run {number}"), max_concurrency=_CONCURRENCY.value
-            )
+            sender = _sender(served, f"run {number}")
+            results, seconds = await drive(_arriving(asks, rate), sender, max_concurrency=_CONCURRENCY.value)
             summary, counted = report.summarize(results, seconds, limits), _counted(before, served.metrics())
             print(f"\n{_DATASET.value}, {rate:g} requests/s, concurrency {_CONCURRENCY.value or 'unlimited'}")
             print(report.table(summary))
@@ -100,6 +104,12 @@ def _sender(engine: AsyncEngine, salt: str) -> Any:
     return send
 
 
+def _arriving(asks: list[Ask], rate: float) -> list[Ask]:
+    if _DATASET.value == "trace":
+        return at_rate(asks, rate=rate)
+    return arrive(asks, rate=rate, burstiness=_BURSTINESS.value, seed=_SEED.value)
+
+
 def _asks(engine: Engine) -> list[Ask]:
     """Raises `ValueError` for prompts that the model cannot hold."""
     lengths = Lengths(_INPUT.value, _OUTPUT.value, _SPREAD.value)
@@ -112,6 +122,11 @@ def _asks(engine: Engine) -> list[Ask]:
             raise ValueError("--dataset=prompts needs --prompts, a JSONL file")
         sizes = {"answer_len": _OUTPUT.value, "max_len": engine.max_model_len}
         asks = real_asks(_NUM.value, Path(_PROMPTS.value), engine.tokenizer, **sizes)
+    elif _DATASET.value == "trace":
+        if _TRACE.value is None:
+            raise ValueError("--dataset=trace needs --trace, a file of recorded requests")
+        sizes = {"scale": _SCALE.value, "max_len": engine.max_model_len}
+        asks = trace_asks(read_trace(Path(_TRACE.value)), _NUM.value, **sizes, **common)
     else:
         asks = random_asks(_NUM.value, lengths, **common)
     longest_ask = max(len(ask.prompt_ids) + ask.max_tokens for ask in asks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -43,7 +44,7 @@ def random_asks(count: int, lengths: Lengths, *, vocab_size: int, seed: int) -> 
     """Random tokens, nothing shared."""
     rng = np.random.default_rng(seed)
     drawn = [lengths.draw(rng) for _ in range(count)]
-    return [Ask(_tokens(rng, prompt, vocab_size), answer) for prompt, answer in drawn]
+    return [Ask(draw_tokens(rng, prompt, vocab_size), answer) for prompt, answer in drawn]
 
 
 def agent_asks(
@@ -54,7 +55,7 @@ def agent_asks(
     An agent whose prompt would not fit into `max_len` tokens begins anew, after the system prompt.
     """
     rng = np.random.default_rng(seed)
-    system = _tokens(rng, system_len, vocab_size)
+    system = draw_tokens(rng, system_len, vocab_size)
     history = [system] * num_agents
     asks = []
     for index in range(count):
@@ -62,19 +63,19 @@ def agent_asks(
         agent = index % num_agents
         if len(history[agent]) + prompt + answer > max_len:
             history[agent] = system
-        history[agent] += _tokens(rng, prompt, vocab_size)
+        history[agent] += draw_tokens(rng, prompt, vocab_size)
         asks.append(Ask(history[agent], answer))
     return asks
 
 
 def real_asks(count: int, path: Path, tokenizer: Tokenizer, *, answer_len: int, max_len: int) -> list[Ask]:
-    """The prompts of a JSONL file, over and over: its fields `turns` (the first), `prompt`, `question` or
+    """The prompts of a JSONL file (or .gz), over and over: its fields `turns` (the first), `prompt`, `question` or
     `instruction`.
 
     Prompts are cut to what `max_len` leaves beside the answer. Raises `ValueError` naming the line without such a
     field.
     """
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{path}: no prompts")
     texts = [_text_of(json.loads(line), f"{path}:{number}") for number, line in enumerate(lines, start=1)]
@@ -100,6 +101,12 @@ def _text_of(record: dict[str, Any], where: str) -> str:
     raise ValueError(f"{where}: expected a field turns, prompt, question or instruction, got {sorted(record)}")
 
 
-def _tokens(rng: np.random.Generator, count: int, vocab_size: int) -> tuple[int, ...]:
+def read_text(path: Path) -> str:
+    """Of a file that may be compressed."""
+    data = path.read_bytes()
+    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+
+
+def draw_tokens(rng: np.random.Generator, count: int, vocab_size: int) -> tuple[int, ...]:
     """Special tokens stand at the beginning of a vocabulary."""
     return tuple(rng.integers(min(100, vocab_size - 1), vocab_size, count).tolist())
