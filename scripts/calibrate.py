@@ -19,6 +19,9 @@ from planning.measure import measure_group, measure_rates, open_bench
 from hmoe_jax.perf.machines import save_rates
 
 _THREADS = flags.DEFINE_string("num_threads", "auto", "Threads of the native kernels: a number, or auto.")
+_EXPERT_CPUS = flags.DEFINE_string(
+    "expert_cpus", "auto", "CPUs of the experts' threads; then what experts and device cost each other is measured too."
+)
 _EXPERTS = flags.DEFINE_integer("experts", 32, "Experts to read: more than the caches hold.", lower_bound=8)
 _SECONDS = flags.DEFINE_float("seconds", 4.0, "How long each rate is measured.", lower_bound=0.1)
 
@@ -31,6 +34,7 @@ def main() -> None:
     with open_bench(
         device,
         num_threads=threads if threads == "auto" else int(threads),
+        expert_cpus=_EXPERT_CPUS.value,
         num_experts=_EXPERTS.value,
         effort=Effort(seconds=_SECONDS.value),
     ) as bench:

@@ -80,11 +80,13 @@ def test_a_machine_that_nobody_measured_is_named(tmp_path: Path) -> None:
 
 
 def test_calibration_measures_every_rate(tmp_path: Path) -> None:
-    status, stdout, stderr = finish("calibrate", "--seconds=0.1", "--experts=8", "--json", cache=tmp_path)
+    sides = ["--expert_cpus=1", "--experts=8"]
+    status, stdout, stderr = finish("calibrate", *sides, "--seconds=0.1", "--json", cache=tmp_path)
     assert status == 0, stderr
     rates = json.loads(stdout.splitlines()[-1])
     variants, best = rates.pop("variants"), rates["variant"]
     assert all(value > 0 for name, value in rates.items() if not isinstance(value, str))
+    assert rates["contention"] >= 1
     assert set(variants) == set(variants_on("cpu"))
     assert max(variants, key=lambda variant: variants[variant]["512"]) == best
     assert f"the fastest {best}:" in stdout
