@@ -46,15 +46,16 @@ class AsyncEngine:
         iterator, or cancelling the task that reads it, aborts the request.
         """
         request_id = request_id if request_id is not None else f"async-{next(self._ids)}"
-        if self._error is not None:
-            raise self._error
         if request_id in self._streams:
             raise ValueError(f"request_id {request_id!r} is in use")
-        stream = self._streams[request_id] = _Stream(asyncio.get_running_loop())
+        stream, is_added = _Stream(asyncio.get_running_loop()), False
+        self._streams[request_id] = stream
         try:
+            if self._error is not None:  # not earlier: from now on the thread tells the stream when it ends
+                raise self._error.with_traceback(None)
             self.engine.add_request(request_id, prompt, sampling_params, priority=priority, timeout_s=timeout_s)
+            finished, is_added = False, True
             self._wakes.set()
-            finished = False
             while not finished:
                 output = await stream.next()
                 if output.error is not None:
@@ -63,7 +64,8 @@ class AsyncEngine:
                 yield output
         finally:
             del self._streams[request_id]
-            self.abort(request_id)
+            if is_added:
+                self.abort(request_id)
 
     def abort(self, request_id: str) -> None:
         """Ends a request: its iterator gets a last output. Does nothing for an id that is not in use."""

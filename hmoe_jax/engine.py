@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -100,6 +101,7 @@ class Engine:
         self._loop = ServingLoop(Server(self._executor, self._scheduler, turns, **limits), self._executor)
         self._ids, self._seeds = itertools.count(), np.random.SeedSequence(seed)
         self._polled: dict[str, Request] = {}
+        self._delivers = threading.Lock()
 
     @property
     def config(self) -> ModelConfig:
@@ -167,13 +169,14 @@ class Engine:
         """
         self._loop.step_if_open()
         outputs = []
-        for request in self._loop.server.take_changed():
-            output = request.output()
-            if self._polled.get(request.request_id) is not request:
-                continue  # its last output has been returned: another thread's step had changed it once more
-            if output.finished:
-                del self._polled[request.request_id]
-            outputs.append(output)
+        with self._delivers:
+            for request in self._loop.server.take_changed():
+                if self._polled.get(request.request_id) is not request:
+                    continue  # its last output has been returned: another thread's step had changed it once more
+                output = request.output()
+                if output.finished:
+                    del self._polled[request.request_id]
+                outputs.append(output)
         return outputs
 
     def abort(self, request_id: str | Iterable[str]) -> None:

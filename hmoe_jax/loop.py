@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 
 from hmoe_jax.core import QueueFullError
-from hmoe_jax.exec.programs import Executor
 from hmoe_jax.request import Request
-from hmoe_jax.server import Server
+from hmoe_jax.server import ServedExecutor, Server
 
 
 class ServingLoop:
@@ -18,12 +17,12 @@ class ServingLoop:
     Whoever waits for a request runs the steps, for all requests; a lock keeps it one step at a time.
     """
 
-    def __init__(self, server: Server, executor: Executor):
+    def __init__(self, server: Server, executor: ServedExecutor):
         self.server, self._executor = server, executor
         self._lock = threading.Lock()
         self._is_interrupted = False
         self._stepper = ThreadPoolExecutor(1, thread_name_prefix="hmoe-step")
-        self._accepts, self._is_closed = True, False
+        self._accepts, self._is_closing, self._is_closed = True, False, False
 
     def add(self, request: Request) -> None:
         """Queues a request, without waiting for a step. Raises what `Server.submit` raises, and `ValueError` if
@@ -50,7 +49,7 @@ class ServingLoop:
     def step_if_open(self) -> None:
         """One step for all requests, if there are any and the engine is not closed."""
         with self._lock:
-            if self.server.has_work and not self._is_closed:
+            if self.server.has_work and not self._is_closing:
                 self._whole_step()
 
     def run(self, requests: list[Request]) -> Iterator[int]:
@@ -79,11 +78,12 @@ class ServingLoop:
     def close(self, *, drains: bool = False) -> None:
         """Refuses new requests, and serves those there are (`drains`) or aborts them. Twice is fine.
 
-        Waits for the step that is under way.
+        Waits for the step that is under way; a prompt ends after the part that is being computed.
         """
         self._accepts = False
         while drains and self.server.has_work:
             self.step_if_open()
+        self._is_closing = True
         with self._lock:
             if self._is_closed:
                 return
@@ -112,7 +112,7 @@ class ServingLoop:
         A long one ends early, between two of its parts.
         """
         interrupt, self._is_interrupted = None, False
-        step = self._stepper.submit(self.server.step, lambda: self._is_interrupted)
+        step = self._stepper.submit(self.server.step, lambda: self._is_interrupted or self._is_closing)
         while not step.done():
             try:
                 wait([step])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from hmoe_jax.request import Request
+from hmoe_jax.request import Request, TokenLatency
 
 BUCKETS_PER_DECADE = 16
 """Quantiles are exact to a seventh."""
@@ -71,12 +71,12 @@ class EngineMetrics:
     """An engine's counts since it was opened, and what it holds now.
 
     `num_cached_tokens` of `num_wanted_tokens` prompt tokens were found in the prefix cache. `ttft`: from arrival to the
-    first token; `tpot`: mean time of a request's later tokens; `itl`: from each token to the next; `e2e`: from arrival
-    to the last token; `queue`: from arrival until the prompt was begun. `routing_counts[l, e]`: how many tokens MoE
-    layer l sent to expert e. `expert_bytes` were read by the CPU's kernels, at `expert_gbps` while they computed; 0
-    where XLA computes the experts. `copied_bytes` of experts were sent to devices, for prompts. `decode_s` is the time
-    of `num_decode_steps` steps, in which executor "overlap" computed routed experts beside the device's programs for
-    `experts_busy_s`, and these waited for `experts_waited_s`.
+    first token; `tpot`: mean time of a request's later tokens; `itl`: from each token of a sequence to its next; `e2e`:
+    from arrival to the last token; `queue`: from arrival until the prompt was begun. `routing_counts[l, e]`: how many
+    tokens MoE layer l sent to expert e. `expert_bytes` were read by the CPU's kernels, at `expert_gbps` while they
+    computed; 0 where XLA computes the experts. `copied_bytes` of experts were sent to devices, for prompts. `decode_s`
+    is the time of `num_decode_steps` steps, in which executor "overlap" computed routed experts beside the device's
+    programs for `experts_busy_s`, and these waited for `experts_waited_s`.
     """
 
     num_running: int
@@ -109,13 +109,15 @@ class EngineMetrics:
 
     @property
     def overlap_efficiency(self) -> float:
-        """Of decode steps: the busier side's time over all time, 1 where the other is wholly hidden behind it.
+        """Of decode steps: how much of the less busy side's time is hidden behind the other one's: 0 where the two take
+        turns, 1 where one of them never stops.
 
         0.0 where experts are computed inside the device's programs (other executors than "overlap").
         """
-        if not self.experts_busy_s or not self.decode_s:
+        less_s = min(self.experts_busy_s, self.decode_s - self.experts_waited_s)
+        if less_s <= 0:
             return 0.0
-        return max(self.experts_busy_s, self.decode_s - self.experts_waited_s) / self.decode_s
+        return min(max(self.experts_busy_s - self.experts_waited_s, 0.0) / less_s, 1.0)
 
     @property
     def prefix_hit_rate(self) -> float:
@@ -148,10 +150,11 @@ class Meters:
         self.decode_s += elapsed_s
         self._routed(routes)
 
-    def token(self, waited_s: float, *, is_first: bool) -> None:
-        """A request has one token more, so long after the one before it, or after it came."""
+    def token(self, latency: TokenLatency | None, waited_s: float) -> None:
+        """A request has one token more (`Request.mark_token`)."""
         self.num_generated_tokens += 1
-        self.durations["ttft" if is_first else "itl"].add(waited_s)
+        if latency is not None:
+            self.durations[latency].add(waited_s)
 
     def finished(self, request: Request) -> None:
         for sequence in request.sequences:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from hmoe_jax.outputs import (
 from hmoe_jax.sampling import Sampled
 from hmoe_jax.sampling_params import SamplingParams
 from hmoe_jax.tokenizer import Tokenizer
+
+TokenLatency = Literal["ttft", "itl"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Sequence:
         self.num_cached = 0  # prompt tokens that were found in the cache, when it was first admitted
         self.num_preemptions = 0
         self.num_failures = 0  # steps that failed with it since its last token
+        self.last_token_s: float | None = None
         self.prompt_logprobs: list[PositionLogprobs | None] = [None]
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, params) if tokenizer else None
@@ -237,12 +241,17 @@ class Request:
     def mark_started(self) -> None:
         self.started_s = self.clock() if self.started_s is None else self.started_s
 
-    def mark_token(self) -> float:
-        """Returns the seconds since the request's last token, or since it arrived."""
-        before = self.arrived_s if self.last_token_s is None else self.last_token_s
-        self.last_token_s = self.clock()
-        self.first_token_s = self.last_token_s if self.first_token_s is None else self.first_token_s
-        return self.last_token_s - before
+    def mark_token(self, sequence: Sequence) -> tuple[TokenLatency | None, float]:
+        """What a token that one of the sequences got tells of latency, in seconds: the first of all, since the request
+        came; one that follows another, since that one; the first of another sequence nothing."""
+        before, sequence.last_token_s = sequence.last_token_s, self.clock()
+        self.last_token_s = sequence.last_token_s
+        if before is not None:
+            return "itl", self.last_token_s - before
+        if self.first_token_s is not None:
+            return None, 0.0
+        self.first_token_s = self.last_token_s
+        return "ttft", self.last_token_s - self.arrived_s
 
     def output(self) -> RequestOutput:
         first = self.sequences[0]

@@ -38,7 +38,8 @@ class Scheduler:
       finishes, and then the next becomes the first.
     - Full pages of prompts can be found by later prompts until their place is needed. Only what a prefill computed is
       found: prefill and decoding round differently, and an answer shall not depend on who asked before.
-    - A sequence that was in a step that failed decodes alone until it has a token, so that it harms nobody else.
+    - A sequence that was in two steps that failed decodes alone until it has a token, so that it harms nobody else.
+      After one, all go on together: most failures do not come back.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class Scheduler:
     def next_decode(self) -> tuple[Sequence, ...]:
         """Those that get a token each now, first come first, each with a page for it. Preempts who has to make room."""
         ready = [each for each in self._running if not each.is_prefilling]
-        ready = [each for each in ready if each.num_failures][:1] or ready
+        ready = [each for each in ready if each.num_failures > 1][:1] or ready
         for sequence in ready:
             while sequence.is_admitted and len(sequence.pages) < self._layout.pages_for(sequence.num_computed + 1):
                 if self._pool.num_free:
@@ -155,7 +156,9 @@ class Scheduler:
 
     def release(self, sequence: Sequence) -> None:
         """Forgets a sequence, waiting or running, that has ended."""
-        self._timed.pop(sequence.arrival, None)
+        if self._timed.pop(sequence.arrival, None) is not None and len(self._deadlines) > 2 * len(self._timed):
+            self._deadlines = [(each.terms.deadline_ns or 0, arrival) for arrival, each in self._timed.items()]
+            heapq.heapify(self._deadlines)
         if sequence in self._waiting:
             self._waiting.remove(sequence)
         elif sequence in self._running:

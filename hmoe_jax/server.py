@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class ServedExecutor(Protocol):
-    """What a server needs of an `Executor`."""
+    """What a server, and the loop that drives it, need of an `Executor`."""
 
     config: Any
     layout: CacheLayout
@@ -47,6 +47,7 @@ class ServedExecutor(Protocol):
     def step(self, batch: DecodeBatch, *, meanwhile: Meanwhile | None = None) -> StepOutput: ...
     def reset(self) -> None: ...
     def check_intact(self) -> None: ...
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Server:
     """Owns the queue of one executor. Any thread may `submit` and `abort` at any time; one at a time calls `step`.
 
     A step that fails leaves the device without its state: every running sequence starts again, without losing what it
-    has generated, and those that were in the step do so one at a time. One that fails again alone is the culprit, and
+    has generated; those that were in two such steps do so one at a time. One that fails again alone is the culprit, and
     ends with the error. If the device or the model's files are lost, all requests end with that one error.
     """
 
@@ -112,7 +113,7 @@ class Server:
         self._scheduler.check_fits(request.sequences)
         with self._lock:
             if self.dead is not None:
-                raise self.dead
+                raise self.dead.with_traceback(None)  # else it grows with everybody who asks
             if not self.has_room(len(request.sequences)):
                 self.meters.num_refused += 1
                 raise QueueFullError(
@@ -338,9 +339,8 @@ class Server:
 
     def _append(self, sequence: Sequence, sampled: Any, row: int) -> None:
         request = self._requests[sequence]
-        is_first = request.first_token_s is None
         sequence.append(int(sampled.tokens[row]), sampled, row)
-        self.meters.token(request.mark_token(), is_first=is_first)
+        self.meters.token(*request.mark_token(sequence))
         self._note(request)
         if sequence.is_finished:
             self._retire(sequence)

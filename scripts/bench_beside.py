@@ -33,7 +33,7 @@ _OUT = flags.DEFINE_string("out", "out/beside", "Folder for the results; made if
 
 def main() -> None:
     out = make_folder(Path(_OUT.value))
-    wishes = pinned_options(prefill="stream", microbatches=1)
+    wishes = pinned_options(prefill="stream")
     asked_len = wishes.pop("max_model_len")
     rounds = {"num_rounds": _ROUNDS.value, "num_steps": _STEPS.value}
     measured = []

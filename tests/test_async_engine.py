@@ -123,6 +123,36 @@ def test_refusals_and_failures_are_raised_where_the_request_is_read(
     serve(use)
 
 
+def test_an_id_of_somebody_elses_is_refused_and_left_alone(engine: Engine, serve: Run) -> None:
+    async def use(served: AsyncEngine) -> None:
+        engine.add_request("theirs", prompt(4), greedy(5))
+        with pytest.raises(ValueError, match="request_id 'theirs' is in use"):
+            await last(served.generate(prompt(4), greedy(3), request_id="theirs"))
+        served._wakes.set()
+
+    before = engine.metrics().num_finished.get("length", 0)
+    serve(use)
+    assert engine.metrics().num_finished["length"] == before + 1
+
+
+def test_a_thread_that_ends_tells_all_who_wait_and_all_who_come(
+    engine: Engine, serve: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step() -> list[RequestOutput]:
+        raise RuntimeError("no step today")
+
+    async def use(served: AsyncEngine) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "step", step)
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match="no step today"):
+                    await last(served.generate(prompt(4), greedy(3)))
+        while engine.has_unfinished_requests:
+            engine.step()
+
+    serve(use)
+
+
 def test_closing_aborts_or_drains(served_folder: Any) -> None:
     async def use(drains: bool) -> RequestOutput:
         options = {"max_model_len": 40, "warm_up": False, "compilation_cache": None, "use_tqdm": False}

@@ -69,6 +69,7 @@ def test_requests_with_a_common_beginning_find_it_and_get_the_same_tokens(engine
     warm = engine.generate([[*system, 5]], params, use_tqdm=False)[0]
     assert (cold.metrics.num_cached_tokens, warm.metrics.num_cached_tokens) == (0, 3 * PAGE_SIZE)
     assert tokens([warm]) == tokens([cold])
+    assert warm.outputs[0].logprobs == cold.outputs[0].logprobs
 
 
 def test_sequences_of_one_request_compute_its_prompt_once(engine: Engine) -> None:

@@ -49,10 +49,12 @@ def metrics(**times: float) -> EngineMetrics:
 
 @pytest.mark.parametrize(
     ("busy_s", "waited_s", "efficiency"),
-    [(0.0, 0.0, 0.0), (6.0, 6.0, 0.6), (3.0, 3.0, 0.7), (9.0, 4.0, 0.9), (5.0, 1.0, 0.9)],
-    ids=["nothing beside", "in turns", "in turns, the device longer", "experts busier", "device busier"],
+    [(0.0, 0.0, 0.0), (6.0, 6.0, 0.0), (3.0, 3.1, 0.0), (9.0, 4.0, 5 / 6), (5.0, 1.0, 0.8), (4.0, 0.0, 1.0)],
+    ids=["nothing beside", "in turns", "in turns, waking takes time", "experts busier", "device busier", "hidden"],
 )
-def test_overlap_is_the_busier_sides_time_over_all_time(busy_s: float, waited_s: float, efficiency: float) -> None:
+def test_overlap_is_how_much_of_one_side_is_hidden_behind_the_other(
+    busy_s: float, waited_s: float, efficiency: float
+) -> None:
     observed = metrics(decode_s=10.0, experts_busy_s=busy_s, experts_waited_s=waited_s)
     assert observed.overlap_efficiency == pytest.approx(efficiency)
 

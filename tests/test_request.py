@@ -201,14 +201,17 @@ def test_a_request_is_finished_when_all_its_sequences_are() -> None:
 def test_times_count_from_arrival_and_tokens_over_all_sequences() -> None:
     now_s = 100.0
     request = Request("1", None, [sequence(), sequence()], lambda: now_s)
-    for seconds, mark in ((2.0, request.mark_started), (3.0, request.mark_token)):
-        now_s += seconds
-        mark()
+    first, second = request.sequences
+    now_s += 2.0
+    request.mark_started()
+    now_s += 3.0
+    assert request.mark_token(first) == ("ttft", 5.0)
     now_s += 1.0
+    assert request.mark_token(second) == (None, 0.0)
     request.mark_started()  # the second sequence starts
-    append(request.sequences[0], 9, 9)
-    append(request.sequences[1], 9)
-    request.mark_token()
+    append(first, 9, 9)
+    append(second, 9)
+    assert request.mark_token(first) == ("itl", 1.0)
     now_s += 50.0
     metrics = request.output().metrics
     assert (metrics.queue_s, metrics.prompt_s, metrics.decode_s) == (2.0, 3.0, 1.0)

@@ -271,6 +271,8 @@ def test_suspects_decode_alone() -> None:
     queue.add(all_three)
     prefill_all(queue)
     all_three[1].num_failures = all_three[2].num_failures = 1
+    assert queue.next_decode() == tuple(all_three)
+    all_three[1].num_failures = all_three[2].num_failures = 2
     assert queue.next_decode() == (all_three[1],)
     all_three[1].num_failures = 0
     assert queue.next_decode() == (all_three[2],)

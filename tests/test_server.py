@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+import traceback
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +13,9 @@ import pytest
 from hmoe_jax.core import CheckpointError, EngineDeadError, QueueFullError
 from hmoe_jax.exec.batch import DecodeBatch
 from hmoe_jax.exec.step import StepOutput
+from hmoe_jax.loop import ServingLoop
 from hmoe_jax.request import Request, Sequence
-from tests.fake_executor import MAX_LEN, NUM_SLOTS, PAGE_SIZE, PART_S, solo_run
+from tests.fake_executor import MAX_LEN, NUM_PARTS, NUM_SLOTS, PAGE_SIZE, PART_S, solo_run
 from tests.server_case import STAGES, Case, assert_right, fail_once
 
 # --- what goes well ---
@@ -258,9 +261,10 @@ def test_many_threads_submit_and_abort_while_one_steps() -> None:
 
     def client() -> None:
         for i in range(50):
-            with made:
-                request = case.submit(1 + i % 9, 30 if i % 3 == 0 else 6)
+            with made:  # the case numbers its requests
+                request = case.request(1 + i % 9, 30 if i % 3 == 0 else 6)
                 requests.append(request)
+            case.server.submit(request)
             if i % 3 == 0:
                 case.server.abort(request.sequences)
 
@@ -333,6 +337,33 @@ def test_a_request_whose_input_cannot_be_made_is_its_own_error() -> None:
     case.run()
     assert_right(good)
     assert isinstance(bad.error, IndexError)
+
+
+def test_after_one_failed_step_nobody_waits_for_anybody() -> None:
+    case = Case()
+    old = case.submit(3, 30)
+    while len(old.sequences[0].token_ids) < 20:
+        case.server.step()
+    case.executor.on["decode"] = fail_once()
+    case.server.step()
+    new, steps = case.submit(3, 4), 0
+    while not new.is_finished:
+        case.server.step()
+        steps += 1
+    assert steps < 10  # `old` decodes its 20 tokens again beside it
+    case.run()
+    assert_right(old, new)
+
+
+def test_refusals_of_a_lost_engine_leave_nothing_behind() -> None:
+    case = Case()
+    case.server.close()
+    depths = []
+    for _ in range(20):
+        with pytest.raises(ValueError, match="closed") as refusal:
+            case.submit(3)
+        depths.append(len(list(traceback.walk_tb(refusal.tb))))
+    assert len(set(depths)) == 1
 
 
 def test_a_lost_device_ends_all_with_one_error_and_accepts_none() -> None:
@@ -426,8 +457,23 @@ def test_the_queue_remembers_no_request_that_has_ended_before_its_deadline() -> 
     case = Case()
     for _ in range(20):
         case.submit(3, 2, timeout_s=1e6)
-    case.run()
+        case.run()
     assert not case.scheduler._timed
+    assert not case.scheduler._deadlines
+
+
+def test_deadlines_come_in_their_order_however_many_others_have_ended() -> None:
+    case = Case(max_waiting=1000)
+    late = [case.submit(2, 30, timeout_s=each) for each in (900.0, 700.0, 800.0)]
+    for _ in range(50):
+        case.server.abort(case.submit(3, 2, timeout_s=1e6).sequences)
+    case.server.tidy()
+    case.now_s += 750.0
+    case.server.tidy()
+    assert [each.sequences[0].finish_reason for each in late] == [None, "timeout", None]
+    case.now_s += 200.0
+    case.server.tidy()
+    assert [each.sequences[0].finish_reason for each in late] == ["timeout"] * 3
 
 
 def test_closing_aborts_what_is_left() -> None:
@@ -441,7 +487,43 @@ def test_closing_aborts_what_is_left() -> None:
         case.submit(3)
 
 
+def test_closing_ends_a_prompt_between_two_of_its_parts() -> None:
+    case = Case()
+    loop = ServingLoop(case.server, case.executor)
+    has_begun, goes_on, parts = threading.Event(), threading.Event(), []
+
+    def part(slots: list[int]) -> None:
+        parts.append(slots)
+        has_begun.set()
+        assert goes_on.wait(30)
+
+    case.executor.on["part"] = part
+    request = case.request(NUM_PARTS * 4)
+    loop.add(request)
+    stepping, closing = threading.Thread(target=loop.step_if_open), threading.Thread(target=loop.close)
+    stepping.start()
+    assert has_begun.wait(30)
+    closing.start()
+    while not loop._is_closing:
+        time.sleep(1e-3)
+    goes_on.set()
+    stepping.join(30)
+    closing.join(30)
+    assert (request.sequences[0].finish_reason, len(parts)) == ("abort", 1)
+    assert case.executor.num_open_prompts == 0
+
+
 # --- progress ---
+
+
+def test_latencies_are_those_of_sequences() -> None:
+    case = Case(step_s=0.01)
+    case.submit(3, 6, n=4)
+    case.run()
+    latencies = case.server.meters.durations
+    assert latencies["ttft"].snapshot().num == 1
+    assert latencies["itl"].snapshot().num == 4 * 5
+    assert latencies["itl"].snapshot().mean_s >= 0.01
 
 
 def test_polled_requests_are_told_once_for_every_change() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -161,6 +162,9 @@ class Executor:
         for array in jax.tree.leaves(self._state.taken):
             array.delete()
         self._state.put(self._empty_state())
+        if self.lane is not None:
+            with suppress(ValueError):  # of that step, if more than one of its jobs failed
+                self.lane.check()
 
     def check_intact(self) -> None:
         """Raises `CheckpointError` if a file that is still read was cut off: then no output can be trusted. Raises

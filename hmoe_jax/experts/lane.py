@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt16
@@ -40,6 +42,7 @@ class ExpertLane:
 
     def __init__(self, store: ExpertStore, *, num_slots: int, patience_s: float = PATIENCE_S):
         self.native = _native.ExpertLane(store.native, num_slots, round(patience_s * 1e3))
+        self._in_the_end: dict[str, Any] = {}
 
     @property
     def id(self) -> int:
@@ -72,19 +75,32 @@ class ExpertLane:
     @property
     def busy_s(self) -> float:
         """Seconds in which jobs were computed, so far."""
-        return self.native.busy_s
+        return self._even_if_closed("busy_s", lambda: self.native.busy_s)
 
     @property
     def waited_s(self) -> float:
         """Seconds in which somebody waited for a job, so far."""
-        return self.native.waited_s
+        return self._even_if_closed("waited_s", lambda: self.native.waited_s)
 
     def jobs(self) -> list[Job]:
         """Of the last 16,384 that were awaited, oldest first."""
-        return [Job(slot, layer, *(time * 1e-9 for time in times)) for slot, layer, *times in self.native.jobs()]
+        jobs = self._even_if_closed("jobs", self.native.jobs)
+        return [Job(slot, layer, *(time * 1e-9 for time in times)) for slot, layer, *times in jobs]
 
     def close(self) -> None:
+        """Refuses further jobs. What was done can still be asked."""
+        if not self._in_the_end:
+            native = self.native
+            self._in_the_end = {"busy_s": native.busy_s, "waited_s": native.waited_s, "jobs": native.jobs()}
         self.native.close()
+
+    def _even_if_closed(self, name: str, read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except ValueError:
+            if not self._in_the_end:
+                raise
+            return self._in_the_end[name]
 
     def __enter__(self) -> ExpertLane:
         return self

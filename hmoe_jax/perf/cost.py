@@ -257,12 +257,14 @@ def _pieces(num_tokens: int, most: int) -> list[tuple[int, int]]:
 
 def decode_cost(config: ModelConfig, rates: Rates, *, batch: int, context: int, num_parts: int = 1) -> DecodeCost:
     """One step; sequences choose their experts independently of each other. In parts, experts that several of them
-    chose and all other weights are read by each."""
-    tokens = batch / num_parts
-    device = resident_s(config, rates, tokens) + cache_s(config, rates, batch=tokens, context=context)
-    part = device + config.num_layers * rates.dispatch_s
+    chose and all other weights but the head are read by each."""
+    tokens, head = batch / num_parts, head_share(config)
+    in_layers = (1 - head) * resident_s(config, rates, tokens)
+    attention = cache_s(config, rates, batch=tokens, context=context)
+    part = in_layers + attention + config.num_layers * rates.dispatch_s
     experts = num_parts * experts_s(config, rates, tokens)
-    return DecodeCost(batch, experts, num_parts * part, num_parts, config.num_layers, rates.contention)
+    device = num_parts * part + head * resident_s(config, rates, batch)
+    return DecodeCost(batch, experts, device, num_parts, config.num_layers, rates.contention)
 
 
 def resident_s(config: ModelConfig, rates: Rates, tokens: float | int) -> float:
@@ -271,6 +273,12 @@ def resident_s(config: ModelConfig, rates: Rates, tokens: float | int) -> float:
     read = resident_bytes(config, looked_up=True) / rates.device_gbps / 1e9
     others = max(tokens - 1, 0)
     return read + 2 * (count.active - count.chosen) * others / rates.decode_linear_tflops / 1e12
+
+
+def head_share(config: ModelConfig) -> float:
+    """Of what `resident_s` counts."""
+    count = count_parameters(config)
+    return count.head / (count.active - count.chosen)
 
 
 def cache_s(config: ModelConfig, rates: Rates, *, batch: float | int, context: int) -> float:

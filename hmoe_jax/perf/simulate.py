@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hmoe_jax.config import ModelConfig
-from hmoe_jax.perf.cost import PrefillCost, Rates, cache_s, experts_s, resident_s
+from hmoe_jax.perf.cost import PrefillCost, Rates, cache_s, experts_s, head_share, resident_s
 from hmoe_jax.perf.lanes import Span, busy_seconds
 from hmoe_jax.perf.sizes import count_parameters
 
@@ -91,10 +91,12 @@ def stages(config: ModelConfig, rates: Rates, *, batch: int, context: int, num_p
     layers, moe_layers, count = config.num_layers, config.num_moe_layers, count_parameters(config)
     resident = resident_s(config, rates, tokens)
     shared = resident * count.shared_experts / (count.active - count.chosen) / moe_layers
-    head, dense = (resident * part / (count.active - count.chosen) for part in (count.head, count.dense_mlp))
+    dense = resident * count.dense_mlp / (count.active - count.chosen)
+    head = resident * head_share(config)
+    logits = head_share(config) * resident_s(config, rates, batch) / num_parts  # of all parts at once
     attention = cache_s(config, rates, batch=tokens, context=context)
     front = (resident - head - dense + attention) / layers + rates.dispatch_s - shared * moe_layers / layers
-    outside = head + dense + (layers - moe_layers) * front
+    outside = logits + dense + (layers - moe_layers) * front
     experts = experts_s(config, rates, tokens) / moe_layers
     return [Stages(moe_layers, front, shared, experts, outside, rates.contention)] * num_parts
 

@@ -74,10 +74,8 @@ def executors(device: jax.Device, scale: Scale, *, embedded: Path) -> Figures:
         "graph": {"executor": "graph"},
         "fused": {"executor": "fused", "prefill": "step"},
         "stream": {"executor": "fused", "prefill": "stream"},
-        "overlap": {"executor": "overlap", "prefill": "stream"},
+        "overlap": {"executor": "overlap", "prefill": "stream", "expert_cpus": "1" if platform == "cpu" else "auto"},
     }
-    if scale is not FULL:
-        ways = {name: ways[name] for name in ("graph_f32", "stream")}
     with load_for_scoring(
         embedded, device="cpu", executor="graph", dtype="float32", max_model_len=length + 8
     ) as scorer:

@@ -96,11 +96,11 @@ def test_a_job_that_is_late_is_an_error_and_the_lane_goes_on(store: ExpertStore)
     hidden, ids, weights = (np.asarray(each) for each in batch.operands)
     with ExpertLane(store, num_slots=3, patience_s=1e-3) as lane:
         tickets = [lane.submit(slot, 1, hidden.view(np.uint16), ids, weights) for slot in range(2)]
-        with pytest.raises(XLA_ERRORS, match=late):
-            jax.block_until_ready(beside(batch, lane, slot=2))
         out = np.empty(hidden.shape, np.float32)
         with pytest.raises(ValueError, match=late):
             lane.wait(1, tickets[1], out)
+        with pytest.raises(XLA_ERRORS, match=late):
+            jax.block_until_ready(beside(batch, lane, slot=2))
         while not lane.is_done(1, tickets[1]):
             time.sleep(1e-3)
         lane.wait(1, tickets[1], out)
@@ -109,11 +109,16 @@ def test_a_job_that_is_late_is_an_error_and_the_lane_goes_on(store: ExpertStore)
 
 def test_a_closed_lane_says_so(store: ExpertStore) -> None:
     lane = ExpertLane(store, num_slots=1)
+    jax.block_until_ready(beside(Batch.random(SHAPE, 3, 2), lane))
+    did = lane.busy_s, lane.waited_s, lane.jobs()
     lane.close()
+    lane.close()
+    assert (lane.busy_s, lane.waited_s, lane.jobs()) == did
+    assert len(did[2]) == 1
     with pytest.raises(XLA_ERRORS, match=rf"expert lane {lane.id} is closed"):
         jax.block_until_ready(beside(Batch.random(SHAPE, 3, 2), lane))
     with pytest.raises(ValueError, match="is closed"):
-        lane.jobs()
+        lane.is_done(0, 1)
 
 
 def test_a_lane_needs_a_slot(store: ExpertStore) -> None:

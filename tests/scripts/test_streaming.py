@@ -130,7 +130,7 @@ def test_the_gpu_suite_runs_without_a_gpu(tmp_path: Path) -> None:
     assert "driver is not to be had" in results["pinned"].get("skipped", "driver is not to be had")
     assert results["stream"]["200_s"] > 0
     assert all(results["decode"][f"2_{name}_tok_s"] > 0 for name in ("one", "two", "loop_one", "loop_two"))
-    assert 0 < results["beside"]["overlap_efficiency"] <= 1
+    assert 0 <= results["beside"]["overlap_efficiency"] <= 1
     assert all(results["grouped"][f"{variant}_16_tflops"] > 0 for variant in variants_on("cpu"))
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
     status, _, stderr = finish("gpu_suite", "--only=speed", f"--out={tmp_path / 'out'}", cache=tmp_path)
