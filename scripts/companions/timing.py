@@ -41,11 +41,12 @@ class Traffic:
 
 @dataclass
 class Round:
-    """Seconds of each decode step alone and beside the prompt; of the prompt alone, and beside decoding. `experts_s`:
-    of all the steps alone, in which the CPU computed routed experts."""
+    """Seconds of each decode step alone and beside the prompt; of the prompt alone, and beside decoding. Of all the
+    steps alone: `experts_s` in which the CPU computed routed experts, `waited_s` in which the device awaited them."""
 
     alone_s: list[float]
     experts_s: float
+    waited_s: float
     beside_s: list[float]
     prompt_alone_s: float
     prompt_beside_s: float
@@ -91,13 +92,13 @@ class Measured:
 
     @property
     def experts_share(self) -> float:
-        """Of a decode step alone: meanwhile the device waits."""
+        """Of a decode step alone."""
         return statistics.median(each.experts_s / sum(each.alone_s) for each in self.rounds)
 
     @property
     def ideal_gain(self) -> float:
         """If the prompt were computed whenever the device would wait, as fast as alone, and nobody were late."""
-        return self.experts_share
+        return statistics.median(each.waited_s / sum(each.alone_s) for each in self.rounds)
 
     @property
     def gain(self) -> float:
@@ -125,14 +126,15 @@ def measure(engine: Engine, load: Load, *, num_rounds: int, num_steps: int) -> M
 
 def _round(engine: Engine, contexts: list[list[int]], prompts: Iterator[list[int]], *, num_steps: int) -> Round:
     with _decoding(engine, contexts):
-        alone_s, experts_s = _steps(engine, num_steps)
+        alone_s, experts_s, waited_s = _steps(engine, num_steps)
         traffic: list[Traffic] = []
         beside_s, prompt_beside_s = _run_prompt(engine, next(prompts), traffic)
-        after_s, experts_after_s = _steps(engine, num_steps)
+        after_s, experts_after_s, waited_after_s = _steps(engine, num_steps)
     _, prompt_alone_s = _run_prompt(engine, next(prompts))
     return Round(
         alone_s=[*alone_s, *after_s],
         experts_s=experts_s + experts_after_s,
+        waited_s=waited_s + waited_after_s,
         beside_s=beside_s,
         prompt_alone_s=prompt_alone_s,
         prompt_beside_s=prompt_beside_s,
@@ -140,14 +142,12 @@ def _round(engine: Engine, contexts: list[list[int]], prompts: Iterator[list[int
     )
 
 
-def _steps(engine: Engine, count: int) -> tuple[list[float], float]:
-    """Seconds of each, and those of all in which experts were computed."""
-    before = engine.expert_stats()
+def _steps(engine: Engine, count: int) -> tuple[list[float], float, float]:
+    """Seconds of each; those of all in which experts were computed, and in which they were awaited."""
+    before = engine.metrics()
     steps_s = [_timed(engine.step) for _ in range(count)]
-    after = engine.expert_stats()
-    assert before is not None
-    assert after is not None
-    return steps_s, after.seconds - before.seconds
+    after = engine.metrics()
+    return steps_s, after.experts_busy_s - before.experts_busy_s, after.experts_waited_s - before.experts_waited_s
 
 
 @contextmanager

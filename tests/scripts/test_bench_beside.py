@@ -19,6 +19,7 @@ def test_a_prompt_is_timed_alone_and_beside_decoding(model: str, cache: Path, tm
     (measured,) = json.loads(stdout.splitlines()[-1])["beside"]
     assert (measured["batch"], measured["context"], measured["prompt_len"]) == (2, 9, 40)
     assert 0 < measured["experts_share"] < 1
+    assert 0 < measured["ideal_gain"] < 1
     (record,) = json.loads((tmp_path / "results.json").read_text())["beside"]
     (one,) = record["rounds"]
     assert len(one["alone_s"]) == 4
