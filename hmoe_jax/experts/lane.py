@@ -88,7 +88,7 @@ class ExpertLane:
         return [Job(slot, layer, *(time * 1e-9 for time in times)) for slot, layer, *times in jobs]
 
     def close(self) -> None:
-        """Refuses further jobs. What was done can still be asked."""
+        """Refuses further jobs, and waits for the one that is under way. What was done can still be asked."""
         if not self._in_the_end:
             native = self.native
             self._in_the_end = {"busy_s": native.busy_s, "waited_s": native.waited_s, "jobs": native.jobs()}

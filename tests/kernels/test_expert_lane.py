@@ -95,12 +95,13 @@ def test_a_job_that_is_late_is_an_error_and_the_lane_goes_on(store: ExpertStore)
     batch, late = Batch.random(SHAPE, 4000, 4), "the routed experts of layer 1 are not done after 1 ms"
     hidden, ids, weights = (np.asarray(each) for each in batch.operands)
     with ExpertLane(store, num_slots=3, patience_s=1e-3) as lane:
+        program = jax.jit(lambda: beside(batch, lane, slot=2)).lower().compile()
         tickets = [lane.submit(slot, 1, hidden.view(np.uint16), ids, weights) for slot in range(2)]
         out = np.empty(hidden.shape, np.float32)
         with pytest.raises(ValueError, match=late):
             lane.wait(1, tickets[1], out)
         with pytest.raises(XLA_ERRORS, match=late):
-            jax.block_until_ready(beside(batch, lane, slot=2))
+            jax.block_until_ready(program())
         while not lane.is_done(1, tickets[1]):
             time.sleep(1e-3)
         lane.wait(1, tickets[1], out)
