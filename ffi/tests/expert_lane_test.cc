@@ -132,6 +132,7 @@ void TestAJobThatIsLostIsAnErrorAndNotAHang() {
   CHECK(std::chrono::steady_clock::now() - lost < 20 * milliseconds(100));  // not a hundred times
   end.set_value();
   blocker.join();
+  while (!c.lane->IsDone(0, ticket).value()) std::this_thread::yield();
   CHECK(c.Wait(0, ticket, batch) == batch.Run(*c.store, 0, 2));
 }
 
