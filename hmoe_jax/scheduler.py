@@ -157,7 +157,7 @@ class Scheduler:
     def release(self, sequence: Sequence) -> None:
         """Forgets a sequence, waiting or running, that has ended."""
         if self._timed.pop(sequence.arrival, None) is not None and len(self._deadlines) > 2 * len(self._timed):
-            self._deadlines = [(each.terms.deadline_ns or 0, arrival) for arrival, each in self._timed.items()]
+            self._deadlines = [each for each in self._deadlines if each[1] in self._timed]
             heapq.heapify(self._deadlines)
         if sequence in self._waiting:
             self._waiting.remove(sequence)

@@ -92,10 +92,10 @@ def stages(config: ModelConfig, rates: Rates, *, batch: int, context: int, num_p
     resident = resident_s(config, rates, tokens)
     shared = resident * count.shared_experts / (count.active - count.chosen) / moe_layers
     dense = resident * count.dense_mlp / (count.active - count.chosen)
-    head = resident * head_share(config)
-    logits = head_share(config) * resident_s(config, rates, batch) / num_parts  # of all parts at once
+    head = head_share(config)
+    logits = head * resident_s(config, rates, batch) / num_parts  # of all parts at once
     attention = cache_s(config, rates, batch=tokens, context=context)
-    front = (resident - head - dense + attention) / layers + rates.dispatch_s - shared * moe_layers / layers
+    front = ((1 - head) * resident - dense + attention) / layers + rates.dispatch_s - shared * moe_layers / layers
     outside = logits + dense + (layers - moe_layers) * front
     experts = experts_s(config, rates, tokens) / moe_layers
     return [Stages(moe_layers, front, shared, experts, outside, rates.contention)] * num_parts
