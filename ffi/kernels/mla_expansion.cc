@@ -47,8 +47,10 @@ MlaExpansion::MlaExpansion(const MlaKernels& kernels, const MlaAttentionArgs& ar
 MlaExpansion::Workspace MlaExpansion::TakeWorkspace() const {
   Scratch& scratch = session_.scratch();
   Workspace space;
-  space.padded_key = scratch.Take<uint16_t>(widths_.nope * widths_.rank);
-  std::fill_n(space.padded_key, widths_.nope * widths_.rank, uint16_t{0});
+  if (PadsKey()) {
+    space.padded_key = scratch.Take<uint16_t>(widths_.nope * widths_.rank);
+    std::fill_n(space.padded_key, widths_.nope * widths_.rank, uint16_t{0});
+  }
   space.padded = scratch.Take<uint16_t>(kPanel * widths_.rank);
   std::fill_n(space.padded, kPanel * widths_.rank, uint16_t{0});
   space.value_tiles = scratch.Take<uint16_t>(widths_.rank * widths_.value);
@@ -87,7 +89,7 @@ void MlaExpansion::ReadPanel(const Latents& latents, int64_t panel) const {
 
 void MlaExpansion::LoadHead(int64_t head, Workspace& space) const {
   space.key = args_.key + head * args_.nope_dim * args_.rank;
-  if (widths_.nope != args_.nope_dim || widths_.rank != args_.rank) {
+  if (PadsKey()) {
     for (int64_t n = 0; n < args_.nope_dim; ++n)
       std::copy_n(space.key + n * args_.rank, args_.rank, space.padded_key + n * widths_.rank);
     space.key = space.padded_key;

@@ -64,11 +64,11 @@ class MlaExpansion {
 
   // Memory of one thread.
   struct Workspace {
-    const uint16_t* key;    // [nope, rank]
-    uint16_t* padded_key;   // where it needs padding
-    uint16_t* padded;       // 16 rows of the value
-    uint16_t* value_tiles;  // of the transpose, [rank, value]
-    float* expanded;        // keys' transpose [nope, kMlaChunk], or values [kMlaChunk, value]
+    const uint16_t* key;             // [nope, rank]
+    uint16_t* padded_key = nullptr;  // where it needs padding
+    uint16_t* padded;                // 16 rows of the value
+    uint16_t* value_tiles;           // of the transpose, [rank, value]
+    float* expanded;                 // keys' transpose [nope, kMlaChunk], or values [kMlaChunk, value]
   };
 
   MlaExpansion(const MlaKernels& kernels, const MlaAttentionArgs& args, ThreadPool::Session& session,
@@ -82,6 +82,7 @@ class MlaExpansion {
   void Expand(const Latents& latents, const Workspace& space, const MlaChunk& to) const;
 
  private:
+  bool PadsKey() const { return widths_.nope != args_.nope_dim || widths_.rank != args_.rank; }
   void ReadPanel(const Latents& latents, int64_t panel) const;
 
   const MlaKernels& kernels_;
